@@ -1,0 +1,18 @@
+"""Exit codes of every command: 0 on success, 1 on a failure with a one-line cause, 2 on bad usage (argparse's own)."""
+
+import sys
+from collections.abc import Callable
+
+from dtpm_fast.errors import UserError
+
+
+def run(work: Callable[[], int]) -> int:
+    """Call `work`; a `UserError` becomes one line on standard error and exit code 1, Ctrl-C exit code 130."""
+    try:
+        return work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130

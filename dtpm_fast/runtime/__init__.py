@@ -1,0 +1,1 @@
+"""Restoring photos: the backends, tiling and the `Restorer`."""

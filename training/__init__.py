@@ -1,0 +1,1 @@
+"""Stage I, stage II, the loop, checkpoints and distributed training."""
