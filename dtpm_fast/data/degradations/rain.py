@@ -1,0 +1,115 @@
+"""Rain streaks, as motion-blurred drops in layers of depth.
+
+A raindrop that falls while the shutter is open leaves a streak: long with the exposure, thin, brighter than what is behind
+it because the drop gathers light from the whole sky (Garg and Nayar, "Vision and rain", 2007). One wind and one shutter
+give one angle per picture; nearer drops leave longer, wider, brighter and fewer streaks.
+
+The ranges are fitted to the residuals of Rain100L's rain (Yang et al., CVPR 2017): see docs/degradations.md for the
+comparison and the command that prints it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dtpm_fast.data.degradations.light import to_linear, to_srgb
+
+COMPOSITIONS = ("additive", "screen", "physical")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Ranges of one kind of rain, per picture; each is (low, high), drawn uniformly."""
+
+    coverage: tuple[float, float]  # drops per pixel times the area of a streak
+    length: tuple[float, float]  # pixels
+    brightness: tuple[float, float]  # mean of a streak's peak, in [0, 1]
+    spread: float  # of the drops' brightness, shape of a gamma distribution: large is even
+    ceiling: tuple[float, float]  # no streak is brighter, in [0, 1]
+    probability: float
+
+
+KINDS = (
+    Kind((0.07, 0.11), (18, 34), (0.10, 0.14), 0.8, (0.45, 0.60), 0.26),  # drizzle
+    Kind((0.16, 0.28), (24, 54), (0.10, 0.14), 0.8, (0.55, 0.80), 0.40),  # even rain
+    Kind((0.16, 0.30), (16, 40), (0.26, 0.42), 1.5, (0.70, 0.85), 0.29),  # coarse bright drops
+    Kind((0.35, 0.60), (44, 60), (0.12, 0.22), 0.8, (0.60, 0.75), 0.05),  # downpour
+)
+
+
+def rain(
+    image: np.ndarray, rng: np.random.Generator, strength: float = 1.0, composition: str | None = None
+) -> np.ndarray:
+    """HxWx3 float32 sRGB in [0, 1] with rain on HxWx3 float32 sRGB in [0, 1].
+
+    Up to 30 degrees from the vertical, to either side. `strength` multiplies the number of drops, and their brightness by
+    its square root: 0 is no rain. `composition` is "additive" (a grey streak added to the 8-bit values, as Rain100L's and
+    most synthetic sets do), "screen" (x + r (1 - x)) or "physical" (in linear light, a streak lets a part of the background
+    through and adds the light of the surroundings); by default it is drawn, with 0.75, 0.125 and 0.125.
+    """
+    chosen = COMPOSITIONS[int(np.searchsorted([0.75, 0.875], rng.random(), side="right"))]
+    composition = chosen if composition is None else composition
+    if composition not in COMPOSITIONS:
+        raise ValueError(f"composition {composition!r}: must be one of {', '.join(COMPOSITIONS)}")
+    streaks = rain_streaks(image.shape[0], image.shape[1], rng, strength)[..., None]
+    if composition == "additive":
+        return np.clip(image + streaks, 0, 1)
+    if composition == "screen":
+        return np.clip(image + streaks * (1 - image), 0, 1)
+    return _physical(image, streaks)
+
+
+def rain_streaks(height: int, width: int, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
+    """Brightness of the rain alone, HxW float32 in [0, 1]. Periodic in both directions."""
+    kind = KINDS[int(rng.choice(len(KINDS), p=[kind.probability for kind in KINDS]))]
+    coverage, length, brightness, ceiling = (
+        rng.uniform(*limits) for limits in (kind.coverage, kind.length, kind.brightness, kind.ceiling)
+    )
+    angle = np.deg2rad(rng.uniform(-30, 30))
+    thickness = rng.uniform(0.55, 0.80)  # standard deviation across the streak, pixels
+    shares = rng.dirichlet((4.0, 3.0, 1.5))  # of the layers in the coverage, far to near
+    frequencies = _frequencies(height, width)
+    spectrum = np.zeros((height, width // 2 + 1), dtype=np.complex64)
+    for share, nearness in zip(shares, (0.6, 1.0, 1.6), strict=True):
+        # A generator of its own: a stronger rain has more drops in each layer, and the same ones first.
+        layer = np.random.default_rng(rng.integers(2**63))
+        layer_length = length * nearness * layer.uniform(0.85, 1.15)
+        layer_thickness = thickness * nearness**0.25
+        layer_angle = angle + np.deg2rad(layer.normal(0, 1.2))
+        drops_per_pixel = coverage * share * strength / (2.5 * layer_thickness * layer_length)
+        drops = _drops(height, width, layer, drops_per_pixel, kind.spread)
+        drops *= brightness * nearness**0.5 * np.sqrt(2 * np.pi) * layer_thickness * layer_length
+        spectrum += np.fft.rfft2(drops) * _streak_spectrum(frequencies, layer_length, layer_thickness, layer_angle)
+    field = np.maximum(np.fft.irfft2(spectrum, s=(height, width)), 0) * np.sqrt(strength)
+    return (ceiling * (1 - np.exp(-field / ceiling))).astype(np.float32)
+
+
+def _drops(height: int, width: int, rng: np.random.Generator, per_pixel: float, spread: float) -> np.ndarray:
+    """HxW of impulses, each a drop of mean brightness 1, at random places."""
+    count = int(per_pixel * height * width + rng.random())
+    place = np.minimum(rng.random(count) * height * width, height * width - 1).astype(np.int64)
+    return np.bincount(place, rng.gamma(spread, 1 / spread, count), height * width).reshape(height, width)
+
+
+def _frequencies(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.fft.fftfreq(height)[:, None].astype(np.float32), np.fft.rfftfreq(width)[None].astype(np.float32)
+
+
+def _streak_spectrum(
+    frequencies: tuple[np.ndarray, np.ndarray], length: float, thickness: float, angle: float
+) -> np.ndarray:
+    """Fourier transform of a streak of sum 1: a line of `length` pixels, `angle` from the vertical, Gaussian across, its
+    ends soft."""
+    down, right = frequencies
+    along = down * np.cos(angle) + right * np.sin(angle)
+    across = right * np.cos(angle) - down * np.sin(angle)
+    soft = 0.12 * length  # a drop's streak fades at its ends
+    return np.sinc(along * 0.8 * length) * np.exp(-2 * np.pi**2 * ((across * thickness) ** 2 + (along * soft) ** 2))
+
+
+def _physical(image: np.ndarray, streaks: np.ndarray) -> np.ndarray:
+    background = to_linear(image)
+    surroundings = np.percentile(background, 95, axis=(0, 1)).astype(np.float32)  # the sky, or the brightest there is
+    surroundings = 0.5 * surroundings + 0.5 * max(float(surroundings.mean()), 0.3)
+    opacity = np.minimum(1.2 * streaks, 1)
+    return np.clip(to_srgb(background * (1 - opacity) + surroundings * opacity), 0, 1)

@@ -1,0 +1,98 @@
+"""The pictures of a data set: found in folders, checked before training starts, kept decoded in memory."""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dtpm_fast.errors import UserError
+from dtpm_fast.images import SUFFIXES, read_image
+
+DEFAULT_CACHE_BYTES = 2 * 2**30
+
+
+def find_photos(folder: Path | str) -> list[Path]:
+    """Every picture inside a folder, its subfolders included, sorted by path; hidden names are left out. Raises
+    `UserError` when there is no such folder or no picture in it."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not found:
+        raise UserError(f"{folder}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))})")
+    return found
+
+
+class PictureCache:
+    """Decoded pictures, HxWx3 uint8, kept until `max_bytes` are full; later ones are decoded at each use.
+
+    Nothing is evicted: crops fall on photos uniformly, where an older picture is worth as much as a newer one, and the
+    pages that are filled before a DataLoader forks its workers stay shared between them. One cache may serve several
+    data sets. A pickled copy (DataLoader workers under "spawn") starts empty.
+    """
+
+    def __init__(self, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.used_bytes = 0
+        self._pictures: dict[Path, np.ndarray] = {}
+
+    def read(self, path: Path) -> np.ndarray:
+        """HxWx3 uint8, read-only. Raises `UserError` naming the file when it is no picture."""
+        picture = self._pictures.get(path)
+        if picture is None:
+            picture = read_image(path)
+            picture.setflags(write=False)
+            if self.used_bytes + picture.nbytes <= self.max_bytes:
+                self._pictures[path] = picture
+                self.used_bytes += picture.nbytes
+        return picture
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"max_bytes": self.max_bytes, "used_bytes": 0, "_pictures": {}}
+
+
+def check_photos(paths: Sequence[Path], cache: PictureCache | None = None) -> None:
+    """Decode every picture once (into `cache`, while it has room). Raises `UserError` naming the first broken one, or
+    when there is none."""
+    if not paths:
+        raise UserError("no pictures to train on: the list is empty")
+    cache = cache or PictureCache(0)
+    for _ in _decoded(paths, cache, "checking photos"):
+        pass
+
+
+def check_pairs(pairs: Sequence[tuple[Path, Path]], cache: PictureCache | None = None) -> None:
+    """Decode every picture of every pair once (into `cache`, while it has room). Raises `UserError` naming the first
+    broken picture or pair of different sizes, or when there is no pair."""
+    if not pairs:
+        raise UserError("no pairs to train on: the list is empty")
+    cache = cache or PictureCache(0)
+    paths = [path for pair in pairs for path in pair]
+    shapes = [picture.shape for picture in _decoded(paths, cache, "checking pairs")]
+    for (degraded, target), shape, target_shape in zip(pairs, shapes[::2], shapes[1::2], strict=True):
+        if shape != target_shape:
+            raise UserError(different_sizes(degraded, shape, target, target_shape))
+
+
+def different_sizes(degraded: Path, shape: Sequence[int], target: Path, target_shape: Sequence[int]) -> str:
+    """The line that says so; shapes are HxWx3."""
+    return (
+        f"{degraded}: {shape[1]}x{shape[0]} pixels, but its target {target} has {target_shape[1]}x{target_shape[0]}; "
+        "both pictures of a pair must have one size"
+    )
+
+
+def _decoded(paths: Sequence[Path], cache: PictureCache, what: str) -> Iterable[np.ndarray]:
+    # Pillow decodes without the interpreter's lock; a bounded batch keeps at most a few pictures outside the cache.
+    with ThreadPoolExecutor(4) as pool, tqdm(total=len(paths), desc=what, leave=False, disable=None) as bar:
+        for start in range(0, len(paths), 16):
+            for picture in pool.map(cache.read, paths[start : start + 16]):
+                bar.update()
+                yield picture
