@@ -30,10 +30,10 @@ class Kind:
 
 
 KINDS = (
-    Kind((0.07, 0.11), (18, 34), (0.10, 0.14), 0.8, (0.45, 0.60), 0.26),  # drizzle
-    Kind((0.16, 0.28), (24, 54), (0.10, 0.14), 0.8, (0.55, 0.80), 0.40),  # even rain
-    Kind((0.16, 0.30), (16, 40), (0.26, 0.42), 1.5, (0.70, 0.85), 0.29),  # coarse bright drops
-    Kind((0.35, 0.60), (44, 60), (0.12, 0.22), 0.8, (0.60, 0.75), 0.05),  # downpour
+    Kind((0.10, 0.16), (26, 50), (0.068, 0.100), 0.9, (0.40, 0.55), 0.26),  # drizzle
+    Kind((0.20, 0.33), (36, 84), (0.085, 0.120), 0.9, (0.45, 0.70), 0.40),  # even rain
+    Kind((0.09, 0.17), (22, 62), (0.220, 0.450), 1.5, (0.65, 0.85), 0.29),  # coarse bright drops
+    Kind((0.27, 0.46), (64, 96), (0.110, 0.220), 0.9, (0.50, 0.75), 0.05),  # downpour
 )
 
 
@@ -66,29 +66,64 @@ def rain_streaks(height: int, width: int, rng: np.random.Generator, strength: fl
         rng.uniform(*limits) for limits in (kind.coverage, kind.length, kind.brightness, kind.ceiling)
     )
     angle = np.deg2rad(rng.uniform(-30, 30))
-    thickness = rng.uniform(0.55, 0.80)  # standard deviation across the streak, pixels
-    shares = rng.dirichlet((4.0, 3.0, 1.5))  # of the layers in the coverage, far to near
+    thickness = rng.uniform(0.48, 0.72)  # standard deviation across the streak, pixels
+    raggedness, wobble = rng.uniform(0, 0.8), rng.uniform(0, 0.5)
+    shares = rng.dirichlet((1.0, 3.0, 4.0, 1.5))  # of the layers in the coverage: stubs, then far to near
+    noise = np.random.default_rng(rng.integers(2**63))  # generators of their own: the layers' number of draws varies
     frequencies = _frequencies(height, width)
     spectrum = np.zeros((height, width // 2 + 1), dtype=np.complex64)
-    for share, nearness in zip(shares, (0.6, 1.0, 1.6), strict=True):
-        # A generator of its own: a stronger rain has more drops in each layer, and the same ones first.
+    for share, nearness, extent in zip(shares, (1.0, 0.6, 1.0, 1.6), (0.25, 0.6, 1.0, 1.6), strict=True):
+        # A stronger rain has more drops in each layer, and the same ones first.
         layer = np.random.default_rng(rng.integers(2**63))
-        layer_length = length * nearness * layer.uniform(0.85, 1.15)
-        layer_thickness = thickness * nearness**0.25
+        layer_length = length * extent * layer.uniform(0.85, 1.15)
+        layer_thickness = max(thickness * nearness**0.4, 0.45)
         layer_angle = angle + np.deg2rad(layer.normal(0, 1.2))
         drops_per_pixel = coverage * share * strength / (2.5 * layer_thickness * layer_length)
         drops = _drops(height, width, layer, drops_per_pixel, kind.spread)
         drops *= brightness * nearness**0.5 * np.sqrt(2 * np.pi) * layer_thickness * layer_length
         spectrum += np.fft.rfft2(drops) * _streak_spectrum(frequencies, layer_length, layer_thickness, layer_angle)
-    field = np.maximum(np.fft.irfft2(spectrum, s=(height, width)), 0) * np.sqrt(strength)
+    # The threshold removes the faint ripples that a thin line has on a pixel grid.
+    field = np.maximum(np.fft.irfft2(spectrum, s=(height, width)) - 0.01, 0) * np.sqrt(strength)
+    field *= np.maximum(1 + raggedness * _noise(noise, frequencies, height, width, 3.0, 1.0, angle), 0)
+    field = _shifted_sideways(field, wobble * _noise(noise, frequencies, height, width, 6.0, 6.0, 0.0))
     return (ceiling * (1 - np.exp(-field / ceiling))).astype(np.float32)
+
+
+def _noise(
+    rng: np.random.Generator,
+    frequencies: tuple[np.ndarray, np.ndarray],
+    height: int,
+    width: int,
+    along: float,
+    across: float,
+    angle: float,
+) -> np.ndarray:
+    """HxW Gaussian noise of standard deviation 1, smooth over `along` x `across` pixels, `angle` from the vertical."""
+    down, right = frequencies
+    parallel, perpendicular = down * np.cos(angle) + right * np.sin(angle), right * np.cos(angle) - down * np.sin(angle)
+    smoothing = np.exp(-2 * np.pi**2 * ((parallel * along) ** 2 + (perpendicular * across) ** 2))
+    white = rng.standard_normal((height, width), dtype=np.float32)
+    smooth = np.fft.irfft2(np.fft.rfft2(white) * smoothing, s=(height, width))
+    return smooth * np.sqrt(4 * np.pi * along * across)  # what the smoothing takes from the standard deviation
+
+
+def _shifted_sideways(field: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """HxW with each pixel taken from `shift` pixels to its right, linearly interpolated, periodic."""
+    width = field.shape[1]
+    whole = np.floor(shift)
+    part = shift - whole
+    source = np.arange(width) + whole.astype(np.int64)
+    left = np.take_along_axis(field, source % width, axis=1)
+    return left * (1 - part) + np.take_along_axis(field, (source + 1) % width, axis=1) * part
 
 
 def _drops(height: int, width: int, rng: np.random.Generator, per_pixel: float, spread: float) -> np.ndarray:
     """HxW of impulses, each a drop of mean brightness 1, at random places."""
     count = int(per_pixel * height * width + rng.random())
     place = np.minimum(rng.random(count) * height * width, height * width - 1).astype(np.int64)
-    return np.bincount(place, rng.gamma(spread, 1 / spread, count), height * width).reshape(height, width)
+    drops = np.zeros(height * width)
+    np.add.at(drops, place, rng.gamma(spread, 1 / spread, count))
+    return drops.reshape(height, width)
 
 
 def _frequencies(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,8 +138,9 @@ def _streak_spectrum(
     down, right = frequencies
     along = down * np.cos(angle) + right * np.sin(angle)
     across = right * np.cos(angle) - down * np.sin(angle)
-    soft = 0.12 * length  # a drop's streak fades at its ends
-    return np.sinc(along * 0.8 * length) * np.exp(-2 * np.pi**2 * ((across * thickness) ** 2 + (along * soft) ** 2))
+    soft = 0.07 * length  # a drop's streak fades at its ends
+    pixel = np.sinc(down) * np.sinc(right)  # a pixel averages over its area
+    return pixel * np.sinc(along * 0.85 * length) * np.exp(-2 * np.pi**2 * ((across * thickness) ** 2 + (along * soft) ** 2))
 
 
 def _physical(image: np.ndarray, streaks: np.ndarray) -> np.ndarray:
