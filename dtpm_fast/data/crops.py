@@ -6,8 +6,8 @@ number of workers changes nothing. The data sets have no length: give the loader
 
     DataLoader(PhotoCrops("photos", crop=96, seed=0), batch_size=8, sampler=range(first, last), num_workers=2)
 
-Every picture is decoded and checked when a data set is made (`check=False` leaves that out, for the further processes of
-one machine), so that a broken file stops a run before it starts, with a `UserError` that names the file.
+Every picture is decoded and checked when a data set is made (`check=False` leaves that out, for the further processes
+of one machine), so that a broken file stops a run before it starts, with a `UserError` that names the file.
 
 `augment` is "all" (flips and quarter turns), "flip" (left-right only: what keeps gravity, for streaks and flakes that
 fall) or "none". `rotate45=True` also turns every second sample by 45 degrees (bilinear), cut from the inside.
@@ -74,8 +74,8 @@ class SmoothedCrops(Dataset[tuple[Tensor, Tensor]]):
     """Stage I (eq. 4): `self[index]` is (x_g, y_s), both float32 (3, crop, crop) in [-1, 1]: a clean crop and its
     texture-free form.
 
-    y_s is `dtpm_fast.smoothing.rtv_smooth` of the crop, on one thread, or, with `smoothed`, the same place of the picture
-    of the same name (any picture suffix, same subfolder) in that folder, as `dtpm-smooth` writes it.
+    y_s is `dtpm_fast.smoothing.rtv_smooth` of the crop, on one thread, or, with `smoothed`, the same place of the
+    picture of the same name (any picture suffix, same subfolder) in that folder, as `dtpm-smooth` writes it.
     Raises `UserError` as `PhotoCrops` does, and for a smoothed picture that is missing or of another size.
     """
 
@@ -152,9 +152,10 @@ class PairCrops(Dataset[tuple[Tensor, Tensor]]):
 class SyntheticCrops(Dataset[tuple[Tensor, Tensor]]):
     """Pairs made from clean photos: `self[index]` is (y_d, y_g), both float32 (3, crop, crop) in [-1, 1].
 
-    y_d is `dtpm_fast.data.degradations.degrade(task, ...)` of the crop, rounded to 8 bits as a picture on disk is; where a
-    degradation reaches beyond the crop (blur), a larger piece is degraded and its inside cut. `strength` is one number
-    (1 is the range of degradations that a data set of the task has) or a (low, high) range, drawn uniformly per sample.
+    y_d is `dtpm_fast.data.degradations.degrade(task, ...)` of the crop, rounded to 8 bits as a picture on disk is;
+    where a degradation reaches beyond the crop (blur), a larger piece is degraded and its inside cut. `strength` is one
+    number (1 is the range of degradations that a data set of the task has) or a (low, high) range, drawn uniformly per
+    sample.
     Raises `UserError` as `PhotoCrops` does, and for an unknown task or a negative strength.
     """
 

@@ -1,7 +1,7 @@
 """Synthetic degradations of clean photos, seeded and physically reasoned, one file each.
 
-Every one maps HxWx3 float32 sRGB in [0, 1] to the same: `degradation(image, rng, strength=1.0)`. Strength 0 changes nothing,
-1 covers what the data sets of the task show, more is worse.
+Every one maps HxWx3 float32 sRGB in [0, 1] to the same: `degradation(image, rng, strength=1.0)`. Strength 0 changes
+nothing, 1 covers what the data sets of the task show, more is worse.
 """
 
 from collections.abc import Callable

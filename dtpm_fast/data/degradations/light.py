@@ -3,11 +3,12 @@
 import numpy as np
 
 
-
 def to_linear(srgb: np.ndarray) -> np.ndarray:
     """float32 linear light in [0, 1] of sRGB values in [0, 1], by the exact formula."""
     srgb = np.asarray(srgb, dtype=np.float32)
-    return np.where(srgb <= 0.04045, srgb / 12.92, ((np.maximum(srgb, 0.04045) + 0.055) / 1.055) ** 2.4).astype(np.float32)
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((np.maximum(srgb, 0.04045) + 0.055) / 1.055) ** 2.4).astype(
+        np.float32
+    )
 
 
 def to_srgb(linear: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Rain streaks, as motion-blurred drops in layers of depth.
 
-A raindrop that falls while the shutter is open leaves a streak: long with the exposure, thin, brighter than what is behind
-it because the drop gathers light from the whole sky (Garg and Nayar, "Vision and rain", 2007). One wind and one shutter
-give one angle per picture; nearer drops leave longer, wider, brighter and fewer streaks.
+A raindrop that falls while the shutter is open leaves a streak: long with the exposure, thin, brighter than what is
+behind it because the drop gathers light from the whole sky (Garg and Nayar, "Vision and rain", 2007). One wind and one
+shutter give one angle per picture; nearer drops leave longer, wider, brighter and fewer streaks.
 
 The ranges are fitted to the residuals of Rain100L's rain (Yang et al., CVPR 2017): see docs/degradations.md for the
 comparison and the command that prints it.
@@ -42,10 +42,10 @@ def rain(
 ) -> np.ndarray:
     """HxWx3 float32 sRGB in [0, 1] with rain on HxWx3 float32 sRGB in [0, 1].
 
-    Up to 30 degrees from the vertical, to either side. `strength` multiplies the number of drops, and their brightness by
-    its square root: 0 is no rain. `composition` is "additive" (a grey streak added to the 8-bit values, as Rain100L's and
-    most synthetic sets do), "screen" (x + r (1 - x)) or "physical" (in linear light, a streak lets a part of the background
-    through and adds the light of the surroundings); by default it is drawn, with 0.75, 0.125 and 0.125.
+    Up to 30 degrees from the vertical, to either side. `strength` multiplies the number of drops, and their brightness
+    by its square root: 0 is no rain. `composition` is "additive" (a grey streak added to the sRGB values, as Rain100L's
+    and most synthetic sets do), "screen" (x + r (1 - x)) or "physical" (in linear light, a streak lets a part of the
+    background through and adds the light of the surroundings); by default it is drawn, with 0.75, 0.125 and 0.125.
     """
     chosen = COMPOSITIONS[int(np.searchsorted([0.75, 0.875], rng.random(), side="right"))]
     composition = chosen if composition is None else composition
@@ -133,14 +133,18 @@ def _frequencies(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 def _streak_spectrum(
     frequencies: tuple[np.ndarray, np.ndarray], length: float, thickness: float, angle: float
 ) -> np.ndarray:
-    """Fourier transform of a streak of sum 1: a line of `length` pixels, `angle` from the vertical, Gaussian across, its
-    ends soft."""
+    """Fourier transform of a streak of sum 1: a line of `length` pixels, `angle` from the vertical, Gaussian across,
+    its ends soft."""
     down, right = frequencies
     along = down * np.cos(angle) + right * np.sin(angle)
     across = right * np.cos(angle) - down * np.sin(angle)
     soft = 0.07 * length  # a drop's streak fades at its ends
     pixel = np.sinc(down) * np.sinc(right)  # a pixel averages over its area
-    return pixel * np.sinc(along * 0.85 * length) * np.exp(-2 * np.pi**2 * ((across * thickness) ** 2 + (along * soft) ** 2))
+    return (
+        pixel
+        * np.sinc(along * 0.85 * length)
+        * np.exp(-2 * np.pi**2 * ((across * thickness) ** 2 + (along * soft) ** 2))
+    )
 
 
 def _physical(image: np.ndarray, streaks: np.ndarray) -> np.ndarray:
