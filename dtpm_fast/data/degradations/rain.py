@@ -47,6 +47,8 @@ def rain(
     and most synthetic sets do), "screen" (x + r (1 - x)) or "physical" (in linear light, a streak lets a part of the
     background through and adds the light of the surroundings); by default it is drawn, with 0.75, 0.125 and 0.125.
     """
+    if strength == 0:
+        return image.copy()
     chosen = COMPOSITIONS[int(np.searchsorted([0.75, 0.875], rng.random(), side="right"))]
     composition = chosen if composition is None else composition
     if composition not in COMPOSITIONS:
@@ -119,11 +121,11 @@ def _shifted_sideways(field: np.ndarray, shift: np.ndarray) -> np.ndarray:
 
 def _drops(height: int, width: int, rng: np.random.Generator, per_pixel: float, spread: float) -> np.ndarray:
     """HxW of impulses, each a drop of mean brightness 1, at random places."""
+    places = np.random.default_rng(rng.integers(2**63))  # apart from the brightnesses: more drops keep the first ones
     count = int(per_pixel * height * width + rng.random())
-    place = np.minimum(rng.random(count) * height * width, height * width - 1).astype(np.int64)
-    drops = np.zeros(height * width)
-    np.add.at(drops, place, rng.gamma(spread, 1 / spread, count))
-    return drops.reshape(height, width)
+    drops = np.zeros((height, width))
+    np.add.at(drops.reshape(-1), places.integers(height * width, size=count), rng.gamma(spread, 1 / spread, count))
+    return drops
 
 
 def _frequencies(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
