@@ -8,16 +8,29 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dtpm_fast.data.degradations.defocus import REACH as DEFOCUS_REACH
+from dtpm_fast.data.degradations.defocus import defocus
+from dtpm_fast.data.degradations.haze import haze
+from dtpm_fast.data.degradations.motion_blur import REACH as MOTION_REACH
+from dtpm_fast.data.degradations.motion_blur import motion_blur
 from dtpm_fast.data.degradations.rain import rain
-from dtpm_fast.errors import UserError
+from dtpm_fast.data.degradations.rain_haze import rain_haze
+from dtpm_fast.data.degradations.raindrops import raindrops
+from dtpm_fast.data.degradations.snow import snow
 from dtpm_fast.tasks import check_task
 
 DEGRADATIONS: dict[str, Callable[[np.ndarray, np.random.Generator, float], np.ndarray]] = {
+    "deblur": motion_blur,
+    "defocus": defocus,
+    "desnow": snow,
+    "raindrop": raindrops,
+    "rainhaze": rain_haze,
     "derain": rain,
+    "dehaze": haze,
 }
 
-# Pixels at the picture's edge that a degradation computes from what lies beyond it, at strength 1.
-_REACH = {"derain": 0}
+# Pixels at the edge of a piece that depend on what lies beyond it, at strength 1.
+_REACH = {"deblur": MOTION_REACH, "defocus": DEFOCUS_REACH + 1}
 
 
 def degrade(task: str, image: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
@@ -25,12 +38,10 @@ def degrade(task: str, image: np.ndarray, rng: np.random.Generator, strength: fl
 
     Equal arguments and generator states give equal bytes. Raises `UserError` for an unknown task.
     """
-    check_task(task)
-    if task not in DEGRADATIONS:
-        raise UserError(f"no synthetic degradation for {task}")
-    return DEGRADATIONS[task](image, rng, strength)
+    return DEGRADATIONS[check_task(task)](image, rng, strength)
 
 
 def border(task: str, strength: float = 1.0) -> int:
-    """Pixels to cut from each side of a degraded piece of a photo, so that none depends on what the piece left out."""
-    return int(np.ceil(_REACH[check_task(task)] * max(strength, 1.0)))
+    """Pixels to cut from each side of a degraded piece of a photo, so that none depends on what the piece left out.
+    Raises `UserError` for an unknown task."""
+    return int(np.ceil(_REACH.get(check_task(task), 0) * strength))

@@ -12,6 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dtpm_fast.data.degradations.fields import (
+    grainy_noise,
+    line_spectrum,
+    scattered_drops,
+    spectrum_frequencies,
+)
 from dtpm_fast.data.degradations.light import to_linear, to_srgb
 
 COMPOSITIONS = ("additive", "screen", "physical")
@@ -72,7 +78,7 @@ def rain_streaks(height: int, width: int, rng: np.random.Generator, strength: fl
     raggedness, wobble = rng.uniform(0, 0.8), rng.uniform(0, 0.5)
     shares = rng.dirichlet((1.0, 3.0, 4.0, 1.5))  # of the layers in the coverage: stubs, then far to near
     noise = np.random.default_rng(rng.integers(2**63))  # generators of their own: the layers' number of draws varies
-    frequencies = _frequencies(height, width)
+    frequencies = spectrum_frequencies(height, width)
     spectrum = np.zeros((height, width // 2 + 1), dtype=np.complex64)
     for share, nearness, extent in zip(shares, (1.0, 0.6, 1.0, 1.6), (0.25, 0.6, 1.0, 1.6), strict=True):
         # A stronger rain has more drops in each layer, and the same ones first.
@@ -81,32 +87,14 @@ def rain_streaks(height: int, width: int, rng: np.random.Generator, strength: fl
         layer_thickness = max(thickness * nearness**0.4, 0.45)
         layer_angle = angle + np.deg2rad(layer.normal(0, 1.2))
         drops_per_pixel = coverage * share * strength / (2.5 * layer_thickness * layer_length)
-        drops = _drops(height, width, layer, drops_per_pixel, kind.spread)
+        drops = scattered_drops(height, width, layer, drops_per_pixel, kind.spread)
         drops *= brightness * nearness**0.5 * np.sqrt(2 * np.pi) * layer_thickness * layer_length
-        spectrum += np.fft.rfft2(drops) * _streak_spectrum(frequencies, layer_length, layer_thickness, layer_angle)
+        spectrum += np.fft.rfft2(drops) * line_spectrum(frequencies, layer_length, layer_thickness, layer_angle)
     # The threshold removes the faint ripples that a thin line has on a pixel grid.
     field = np.maximum(np.fft.irfft2(spectrum, s=(height, width)) - 0.01, 0) * np.sqrt(strength)
-    field *= np.maximum(1 + raggedness * _noise(noise, frequencies, height, width, 3.0, 1.0, angle), 0)
-    field = _shifted_sideways(field, wobble * _noise(noise, frequencies, height, width, 6.0, 6.0, 0.0))
+    field *= np.maximum(1 + raggedness * grainy_noise(frequencies, noise, (height, width), 3.0, 1.0, angle), 0)
+    field = _shifted_sideways(field, wobble * grainy_noise(frequencies, noise, (height, width), 6.0, 6.0))
     return (ceiling * (1 - np.exp(-field / ceiling))).astype(np.float32)
-
-
-def _noise(
-    rng: np.random.Generator,
-    frequencies: tuple[np.ndarray, np.ndarray],
-    height: int,
-    width: int,
-    along: float,
-    across: float,
-    angle: float,
-) -> np.ndarray:
-    """HxW Gaussian noise of standard deviation 1, smooth over `along` x `across` pixels, `angle` from the vertical."""
-    down, right = frequencies
-    parallel, perpendicular = down * np.cos(angle) + right * np.sin(angle), right * np.cos(angle) - down * np.sin(angle)
-    smoothing = np.exp(-2 * np.pi**2 * ((parallel * along) ** 2 + (perpendicular * across) ** 2))
-    white = rng.standard_normal((height, width), dtype=np.float32)
-    smooth = np.fft.irfft2(np.fft.rfft2(white) * smoothing, s=(height, width))
-    return smooth * np.sqrt(4 * np.pi * along * across)  # what the smoothing takes from the standard deviation
 
 
 def _shifted_sideways(field: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -117,36 +105,6 @@ def _shifted_sideways(field: np.ndarray, shift: np.ndarray) -> np.ndarray:
     source = np.arange(width) + whole.astype(np.int64)
     left = np.take_along_axis(field, source % width, axis=1)
     return left * (1 - part) + np.take_along_axis(field, (source + 1) % width, axis=1) * part
-
-
-def _drops(height: int, width: int, rng: np.random.Generator, per_pixel: float, spread: float) -> np.ndarray:
-    """HxW of impulses, each a drop of mean brightness 1, at random places."""
-    places = np.random.default_rng(rng.integers(2**63))  # apart from the brightnesses: more drops keep the first ones
-    count = int(per_pixel * height * width + rng.random())
-    drops = np.zeros((height, width))
-    np.add.at(drops.reshape(-1), places.integers(height * width, size=count), rng.gamma(spread, 1 / spread, count))
-    return drops
-
-
-def _frequencies(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.fft.fftfreq(height)[:, None].astype(np.float32), np.fft.rfftfreq(width)[None].astype(np.float32)
-
-
-def _streak_spectrum(
-    frequencies: tuple[np.ndarray, np.ndarray], length: float, thickness: float, angle: float
-) -> np.ndarray:
-    """Fourier transform of a streak of sum 1: a line of `length` pixels, `angle` from the vertical, Gaussian across,
-    its ends soft."""
-    down, right = frequencies
-    along = down * np.cos(angle) + right * np.sin(angle)
-    across = right * np.cos(angle) - down * np.sin(angle)
-    soft = 0.07 * length  # a drop's streak fades at its ends
-    pixel = np.sinc(down) * np.sinc(right)  # a pixel averages over its area
-    return (
-        pixel
-        * np.sinc(along * 0.85 * length)
-        * np.exp(-2 * np.pi**2 * ((across * thickness) ** 2 + (along * soft) ** 2))
-    )
 
 
 def _physical(image: np.ndarray, streaks: np.ndarray) -> np.ndarray:
