@@ -1,1 +1,7 @@
 """Fused Triton kernels of the denoising block and their plain-PyTorch oracle. Imports torch and triton only."""
+
+from dtpm_fast.kernels.adaln import adaln
+from dtpm_fast.kernels.channel_attention import channel_attention
+from dtpm_fast.kernels.simple_gate import simple_gate
+
+__all__ = ["adaln", "channel_attention", "simple_gate"]

@@ -1,0 +1,104 @@
+"""Simplified channel attention (NAFNet): every channel times a linear function of all channels' means."""
+
+import torch
+from torch import Tensor
+
+from dtpm_fast.kernels.checks import check_map, check_parameter, layout_of
+from dtpm_fast.kernels.device import cast_for_autocast, runs_triton
+
+
+def channel_attention(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`x · (W · mean_HW(x) + b)`, differentiable; means and the product with W are taken in float32.
+
+    Args:
+        x: (B, C, H, W), channels_last or contiguous.
+        weight: (C, C), or (C, C, 1, 1) as a 1×1 convolution keeps it; in `x`'s dtype, as is `bias` (C,).
+
+    Returns: (B, C, H, W) in `x`'s dtype; on a GPU in `x`'s layout. The sums are taken in one fixed order.
+    Raises: `ValueError` for a wrong shape, stride or device, `TypeError` for a wrong dtype.
+    """
+    check_map("x", x)
+    channels = x.shape[1]
+    x, weight, bias = cast_for_autocast(x, weight, bias)
+    check_parameter("weight", weight, (channels, channels, 1, 1)[: max(weight.dim(), 2)], x)
+    check_parameter("bias", bias, (channels,), x)
+    if runs_triton(x):
+        return _channel_attention(x, weight.view(channels, channels), bias)[0]
+    return channel_attention_ref(x, weight, bias)
+
+
+def channel_attention_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The oracle of `channel_attention`."""
+    attention = torch.addmm(bias, x.mean((2, 3)), weight.flatten(1).t())
+    return x * attention[:, :, None, None]
+
+
+def attention_of(mean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`W · mean + b` for means (B, C) in float32 or wider: one small product, in the means' dtype, autocast or not."""
+    with torch.autocast(mean.device.type, enabled=False):
+        return torch.addmm(bias.to(mean.dtype), mean, weight.flatten(1).to(mean.dtype).t())
+
+
+def attention_backward(grad_attention: Tensor, mean: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of mean (B, C), weight (C, C) and bias (C,) from the attention's (B, C)."""
+    with torch.autocast(mean.device.type, enabled=False):
+        grad_mean = grad_attention @ weight.flatten(1).to(mean.dtype)
+        return grad_mean, grad_attention.t() @ mean, grad_attention.sum(0)
+
+
+@torch.library.custom_op("dtpm_fast::channel_attention", mutates_args=())
+def _channel_attention(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The result and the means (B, C), which the backward needs."""
+    if runs_triton(x):
+        from dtpm_fast.kernels.channel_attention_triton import channel_means, scale_channels
+
+        mean = channel_means(x)
+        return scale_channels(x, attention_of(mean, weight, bias)), mean
+    mean = x.to(torch.promote_types(x.dtype, torch.float32)).mean((2, 3))
+    out = x * attention_of(mean, weight, bias)[:, :, None, None]
+    return out.to(x.dtype).contiguous(memory_format=layout_of(x)), mean
+
+
+@_channel_attention.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    mean = x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.empty_like(x, memory_format=layout_of(x)), mean
+
+
+@torch.library.custom_op("dtpm_fast::channel_attention_backward", mutates_args=())
+def _channel_attention_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    pixels = x.shape[2] * x.shape[3]
+    attention = attention_of(mean, weight, bias)
+    if runs_triton(x):
+        from dtpm_fast.kernels.channel_attention_triton import channel_means, scale_channels
+
+        grad = grad.contiguous(memory_format=layout_of(x))
+        grad_attention = channel_means(x, grad) * pixels
+        grad_mean, grad_weight, grad_bias = attention_backward(grad_attention, mean, weight)
+        grad_x = scale_channels(grad, attention, grad_mean / pixels)
+    else:
+        wide = grad.to(mean.dtype)
+        grad_mean, grad_weight, grad_bias = attention_backward((wide * x).sum((2, 3)), mean, weight)
+        grad_x = wide * attention[:, :, None, None] + grad_mean[:, :, None, None] / pixels
+        grad_x = grad_x.to(x.dtype).contiguous(memory_format=layout_of(x))
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+@_channel_attention_backward.register_fake
+def _(grad: Tensor, x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
+    return torch.empty_like(x, memory_format=layout_of(x)), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, grad_mean):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    x, weight, bias, mean = ctx.saved_tensors
+    return _channel_attention_backward(grad, x, mean, weight, bias)
+
+
+_channel_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,45 @@
+"""How a program finds its part of a map: offsets of a tile, and a number of programs that depends on shapes alone."""
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+
+from dtpm_fast.kernels.device import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+def programs_per_sample(tiles: int, samples: int) -> int:
+    """Programs that share one sample's tiles: about a thousand in all, whatever the GPU, so sums keep their order."""
+    return min(tiles, max(1, 1056 // samples))
+
+
+def add_partials(partials: torch.Tensor) -> torch.Tensor:
+    """Sums of programs, (samples, programs, ...) in float32, added in float64: exact to the last digits, any number."""
+    return partials.sum(1, dtype=torch.float64).float()
+
+
+@triton.jit
+def sum_pixels(x):
+    """(pixels, channels) to (1, channels)."""
+    if _INTERPRETED:
+        # numpy adds a column's values one after another; a GPU adds them in a tree, which loses far fewer digits.
+        sums = tl.sum(x.to(tl.float64), axis=0).to(tl.float32)
+    else:
+        sums = tl.sum(x, axis=0)
+    return sums[None, :]
+
+
+@triton.jit
+def tile_offsets(sample, first, BLOCK_P: tl.constexpr, c, pixels, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Where a tile of BLOCK_P pixels from `first` on lies in a dense map: its start (64-bit), and offsets from it."""
+    i = tl.arange(0, BLOCK_P)[:, None]
+    sample = sample.to(tl.int64)
+    if CHANNELS_LAST:
+        start = (sample * pixels + first) * CHANNELS
+        at = i * CHANNELS + c
+    else:
+        start = sample * pixels * CHANNELS + first
+        at = c.to(tl.int64) * pixels + i
+    return start, at

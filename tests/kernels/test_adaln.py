@@ -1,0 +1,90 @@
+"""AdaLN: oracle, gradients, Triton kernels by the rule, registration, and errors."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dtpm_fast.kernels import adaln
+from dtpm_fast.kernels.adaln import _adaln, _adaln_backward, adaln_ref
+
+SHAPES = [(1, 48, 5, 7), (3, 32, 3, 9), (2, 5, 4, 3)]
+FORMATS = [torch.channels_last, torch.contiguous_format]
+NAMES = ["out", "x.grad", "shift.grad", "scale.grad"]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triton_by_the_rule(
+    device: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    offset: float,
+    memory_format: torch.memory_format,
+    assert_as_exact_as_eager: Callable[..., None],
+) -> None:
+    x = (torch.randn(shape) + offset).to(device, dtype).contiguous(memory_format=memory_format)
+    wide = torch.randn(shape[0], 4 * shape[1]).to(device, dtype)
+    shift, scale = wide.chunk(4, dim=1)[1:3]  # strided rows, as a block's modulation comes
+    grad = torch.randn(shape).to(device, dtype)
+
+    def run(function: Callable[..., torch.Tensor], kind: torch.dtype) -> list[torch.Tensor]:
+        inputs = [tensor.detach().to(kind).requires_grad_() for tensor in (x, shift, scale)]
+        out = function(*inputs)
+        return [out, *torch.autograd.grad(out, inputs, grad.to(kind))]
+
+    ours = run(adaln, dtype)
+    assert ours[0].is_contiguous(memory_format=memory_format)
+    assert_as_exact_as_eager(ours, run(adaln_ref, dtype), run(adaln_ref, torch.float64), NAMES)
+    assert all(torch.equal(a, b) for a, b in zip(ours, run(adaln, dtype), strict=True))
+
+
+def test_oracle_is_the_definition() -> None:
+    x, shift, scale = torch.randn(2, 6, 3, 4).double() + 100, torch.randn(2, 6).double(), torch.randn(2, 6).double()
+    expected = torch.empty_like(x)
+    for sample in range(2):
+        for row in range(3):
+            for column in range(4):
+                pixel = x[sample, :, row, column]
+                normal = (pixel - pixel.mean()) / (pixel.var(unbiased=False) + 1e-6).sqrt()
+                expected[sample, :, row, column] = normal * (1 + scale[sample]) + shift[sample]
+    torch.testing.assert_close(adaln(x, shift, scale), expected)
+
+
+def test_written_out_gradients_are_the_oracles() -> None:
+    inputs = [torch.randn(2, 5, 3, 4), torch.randn(2, 5), torch.randn(2, 5)]
+    inputs = [tensor.double().requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(adaln, inputs)
+    assert torch.autograd.gradcheck(lambda *tensors: _adaln(*tensors, 1e-6), inputs)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_opcheck(memory_format: torch.memory_format) -> None:
+    x = torch.randn(2, 5, 3, 4).contiguous(memory_format=memory_format).requires_grad_()
+    shift, scale = torch.randn(2, 5, requires_grad=True), torch.randn(2, 5, requires_grad=True)
+    torch.library.opcheck(_adaln, (x, shift, scale, 1e-6))
+    torch.library.opcheck(_adaln_backward, (torch.randn(2, 5, 3, 4), x.detach(), shift.detach(), scale.detach(), 1e-6))
+
+
+def test_float16_statistics_do_not_overflow() -> None:
+    x = torch.randn(1, 64, 3, 3).half() * 300
+    zero = torch.zeros(1, 64).half()
+    assert adaln(x, zero, zero).isfinite().all()
+
+
+def test_errors_name_the_argument() -> None:
+    x, vector = torch.randn(2, 4, 6, 5), torch.randn(2, 4)
+    with pytest.raises(TypeError, match=r"x must be float16.*int32"):
+        adaln(x.int(), vector, vector)
+    with pytest.raises(ValueError, match=r"x must be a \(B, C, H, W\) map"):
+        adaln(x[0], vector, vector)
+    with pytest.raises(ValueError, match="x has strides"):
+        adaln(x[..., ::2], vector, vector)
+    with pytest.raises(ValueError, match=r"shift must have shape \(B, C\) = \(2, 4\)"):
+        adaln(x, vector[:, :3], vector)
+    with pytest.raises(ValueError, match=r"scale has strides"):
+        adaln(x, vector, torch.randn(4, 2).t())
+    with pytest.raises(ValueError, match="scale is on meta"):
+        adaln(x, vector, vector.to("meta"))

@@ -1,0 +1,78 @@
+"""Channel attention: gradients, Triton kernels by the rule, registration, autocast, and errors."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dtpm_fast.kernels import channel_attention
+from dtpm_fast.kernels.channel_attention import (
+    _channel_attention,
+    _channel_attention_backward,
+    channel_attention_ref,
+)
+
+FORMATS = [torch.channels_last, torch.contiguous_format]
+NAMES = ["out", "x.grad", "weight.grad", "bias.grad"]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("shape", [(1, 48, 5, 7), (3, 72, 3, 9), (2, 3, 37, 41)])
+def test_triton_by_the_rule(
+    device: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    offset: float,
+    memory_format: torch.memory_format,
+    assert_as_exact_as_eager: Callable[..., None],
+) -> None:
+    channels = shape[1]
+    x = (torch.randn(shape) + offset).to(device, dtype).contiguous(memory_format=memory_format)
+    weight = (torch.randn(channels, channels, 1, 1) / channels).to(device, dtype)
+    bias = torch.randn(channels).to(device, dtype)
+    grad = torch.randn(shape).to(device, dtype)
+
+    def run(function: Callable[..., torch.Tensor], kind: torch.dtype) -> list[torch.Tensor]:
+        inputs = [tensor.detach().to(kind).requires_grad_() for tensor in (x, weight, bias)]
+        out = function(*inputs)
+        return [out, *torch.autograd.grad(out, inputs, grad.to(kind))]
+
+    ours = run(channel_attention, dtype)
+    assert ours[0].is_contiguous(memory_format=memory_format)
+    exact = run(channel_attention_ref, torch.float64)
+    assert_as_exact_as_eager(ours, run(channel_attention_ref, dtype), exact, NAMES)
+    assert all(torch.equal(a, b) for a, b in zip(ours, run(channel_attention, dtype), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_gradients_and_registration(memory_format: torch.memory_format) -> None:
+    x = torch.randn(2, 4, 3, 5).contiguous(memory_format=memory_format)
+    weight, bias = torch.randn(4, 4), torch.randn(4)
+    inputs = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
+    assert torch.autograd.gradcheck(channel_attention, inputs)
+    assert torch.autograd.gradcheck(lambda *tensors: _channel_attention(*tensors)[0], inputs)
+    torch.library.opcheck(_channel_attention, [tensor.requires_grad_() for tensor in (x, weight, bias)])
+    inner = [tensor.detach() for tensor in (torch.randn(2, 4, 3, 5), x, x.mean((2, 3)), weight, bias)]
+    torch.library.opcheck(_channel_attention_backward, inner)
+
+
+def test_autocast_casts_the_weights() -> None:
+    x, weight, bias = torch.randn(2, 4, 3, 5), torch.randn(4, 4, 1, 1, requires_grad=True), torch.randn(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = channel_attention(x, weight, bias)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+
+
+def test_errors_name_the_argument() -> None:
+    x, weight, bias = torch.randn(2, 4, 6, 5), torch.randn(4, 4), torch.randn(4)
+    with pytest.raises(TypeError, match="weight is float64 but the input is float32"):
+        channel_attention(x, weight.double(), bias)
+    with pytest.raises(ValueError, match=r"weight must have shape \(4, 4\)"):
+        channel_attention(x, weight[:2], bias)
+    with pytest.raises(ValueError, match=r"bias must have shape \(4,\)"):
+        channel_attention(x, weight, torch.randn(3))

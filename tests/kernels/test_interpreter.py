@@ -1,0 +1,27 @@
+"""Without a GPU the kernels still run: in Triton's interpreter, which must be chosen before triton is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtpm_fast.kernels.device import INTERPRETED
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU")
+@pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("test_*.py") if "device:" in path.read_text()))
+def test_kernels_in_the_interpreter(file: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", str(HERE / file)],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout, done.stdout
