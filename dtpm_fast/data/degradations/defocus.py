@@ -1,4 +1,4 @@
-"""Defocus: each point spreads over its circle of confusion, the lens opening's shape, as large as it is out of focus."""
+"""Defocus: each point spreads over a circle of confusion, of the lens opening's shape, the larger the less in focus."""
 
 import numpy as np
 
@@ -10,14 +10,14 @@ _LEVELS = 5
 
 
 def defocus(image: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
-    """HxWx3 float32 sRGB in [0, 1] with a blur, in linear light, whose radius follows a random depth: up to 9 pixels times
-    `strength`. The opening is a disc or a polygon of 5 to 8 blades.
+    """HxWx3 float32 sRGB in [0, 1] with a blur, in linear light, whose radius follows a random depth: up to 9 pixels
+    times `strength`. The opening is a disc or a polygon of 5 to 8 blades.
 
     Radii between the five levels that are computed are interpolated.
     """
     blades = int(rng.choice([0, 0, 5, 6, 7, 8]))  # 0 is a disc
     turn = rng.uniform(0, 2 * np.pi)
-    largest = rng.uniform(1.5, REACH) * strength
+    largest = rng.uniform(2.5, REACH) * strength
     radius = largest * confusion(image.shape[0], image.shape[1], rng)
     if strength == 0:
         return image.copy()
@@ -35,19 +35,19 @@ def defocus(image: np.ndarray, rng: np.random.Generator, strength: float = 1.0) 
 def confusion(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """HxW float32 in [0, 1]: the circle of confusion's radius as a part of the largest one.
 
-    Depth is a smooth field with, in every second picture, a step (an object before its background); the radius grows with
-    the distance from the plane in focus."""
+    Depth is a smooth field with, in every second picture, a step (an object before its background); the radius grows
+    with the distance from the plane in focus."""
     depth = smooth_field(height, width, rng, cells=2)
     has_step, near, focus = rng.random() < 0.5, rng.uniform(0.3, 1), rng.uniform(0, 1)
     shape = smooth_field(height, width, rng, cells=3)
     if has_step:
         depth = depth * (1 - near) + near * np.clip((shape - 0.5) * 12 + 0.5, 0, 1)
-    return np.minimum(np.abs(depth - focus) / max(focus, 1 - focus), 1).astype(np.float32)
+    return np.minimum(np.abs(depth - focus) / (0.7 * max(focus, 1 - focus)), 1).astype(np.float32)
 
 
 def opening_kernel(radius: float, reach: int, blades: int, turn: float) -> np.ndarray:
-    """(2 reach + 1)² float32 of sum 1: a disc (`blades` 0) or a regular polygon within `radius` pixels, turned by `turn`
-    radians, its edge antialiased over 4x4 points a pixel."""
+    """(2 reach + 1)² float32 of sum 1: a disc (`blades` 0) or a regular polygon within `radius` pixels, turned by
+    `turn` radians, its edge antialiased over 4x4 points a pixel."""
     fine = 4
     offset = (np.arange((2 * reach + 1) * fine) + 0.5) / fine - reach - 0.5
     down, right = np.meshgrid(offset, offset, indexing="ij")

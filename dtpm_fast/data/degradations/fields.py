@@ -36,8 +36,8 @@ def grainy_noise(
     across: float,
     angle: float = 0.0,
 ) -> np.ndarray:
-    """HxW Gaussian noise of standard deviation about 1, smooth over `along` x `across` pixels (standard deviations of the
-    smoothing), `angle` from the vertical. Periodic."""
+    """HxW Gaussian noise of standard deviation about 1, smoothed over `along` x `across` pixels (standard deviations),
+    `angle` from the vertical. Periodic."""
     down, right = frequencies
     parallel, perpendicular = down * np.cos(angle) + right * np.sin(angle), right * np.cos(angle) - down * np.sin(angle)
     smoothing = np.exp(-2 * np.pi**2 * ((parallel * along) ** 2 + (perpendicular * across) ** 2))
@@ -47,7 +47,7 @@ def grainy_noise(
 
 
 def scattered_drops(height: int, width: int, rng: np.random.Generator, per_pixel: float, spread: float) -> np.ndarray:
-    """HxW of impulses at random places, `per_pixel` on average, each of mean 1 and gamma-distributed with shape `spread`.
+    """HxW of impulses at random places, `per_pixel` on average, gamma-distributed with mean 1 and shape `spread`.
 
     From equal generators, a larger `per_pixel` gives the same drops and more."""
     places = np.random.default_rng(rng.integers(2**63))  # apart from the sizes: more drops keep the first ones

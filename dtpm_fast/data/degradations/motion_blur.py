@@ -1,4 +1,4 @@
-"""Camera shake: the picture averaged, in linear light, over the path that the camera takes while the shutter is open."""
+"""Camera shake: the picture averaged, in linear light, over the camera's path while the shutter is open."""
 
 import numpy as np
 
@@ -49,8 +49,8 @@ def camera_path(rng: np.random.Generator) -> np.ndarray:
 
 
 def path_kernel(points: np.ndarray, reach: int) -> np.ndarray:
-    """(2 reach + 1)² float32 of sum 1: the time spent at each pixel along a path of (down, right) points, in pixels from
-    the middle; linear between pixels and between points."""
+    """(2 reach + 1)² float32 of sum 1: the time spent at each pixel along a path of (down, right) points, in pixels
+    from the middle; linear between pixels and between points."""
     step = np.linspace(0, len(points) - 1, 8 * len(points))
     down, right = (np.interp(step, np.arange(len(points)), points[:, axis]) + reach for axis in (0, 1))
     down, right = np.clip(down, 0, 2 * reach), np.clip(right, 0, 2 * reach)

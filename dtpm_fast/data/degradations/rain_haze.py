@@ -1,4 +1,4 @@
-"""Rain with the haze of its far drops: streaks first, haze over them (Li et al., "Heavy rain image restoration", 2019)."""
+"""Rain with the haze of its far drops: streaks first, haze over them (Li et al., "Heavy Rain Image Restoration")."""
 
 import numpy as np
 

@@ -7,19 +7,19 @@ from torch.nn import functional
 from dtpm_fast.data.degradations.fields import blur
 from dtpm_fast.data.degradations.light import to_linear, to_srgb
 
-_DROPS_PER_PIXEL = 12 / 256**2
+_DROPS_PER_PIXEL = 40 / 256**2
 
 
 def raindrops(image: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
     """HxWx3 float32 sRGB in [0, 1] seen through drops on glass.
 
     A drop is a rounded, irregular cap of 3 to 22 pixels' radius, a little longer than wide. Inside it the scene appears
-    inverted and shrunk (the drop refracts a wide angle into its small area), blurred because the camera is focused on what is behind,
-    darker toward one edge; its own edge is soft for the same reason. `strength` multiplies the number of drops, which is 4 to
-    20 on 256x256 pixels at 1.
+    inverted and shrunk (the drop refracts a wide angle into its small area), blurred because the camera is focused on
+    what is behind, darker toward one edge; its own edge is soft for the same reason. `strength` multiplies the number of
+    drops, which is 10 to 70 on 256x256 pixels at 1.
     """
     height, width = image.shape[:2]
-    amount = rng.uniform(1 / 3, 5 / 3)
+    amount = rng.uniform(1 / 4, 7 / 4)
     largest = rng.uniform(6, 22)
     softness = rng.uniform(0.08, 0.3)  # of the edge, as a part of the radius
     shrinking = rng.uniform(2, 5)
@@ -60,9 +60,8 @@ class _Drop:
         self.radius = 3 + (largest - 3) * rng.random() ** 2  # small ones are more frequent
         self.stretch = rng.uniform(1.0, 1.4)  # gravity
         orders = np.arange(2, 6)
-        self.harmonics = [
-            (k, a / k, p) for k, a, p in zip(orders, rng.normal(0, 0.12, 4), rng.uniform(0, 7, 4), strict=True)
-        ]
+        sizes, phases = rng.normal(0, 0.12, 4) / orders, rng.uniform(0, 2 * np.pi, 4)
+        self.harmonics = list(zip(orders, sizes, phases, strict=True))
 
     def window(self, height: int, width: int) -> tuple[slice, slice]:
         reach = 1.9 * self.radius * self.stretch
@@ -78,8 +77,8 @@ class _Drop:
 
 
 def _sample(light: np.ndarray, rows: np.ndarray, columns: np.ndarray, blur_side: int) -> np.ndarray:
-    """The light at the given places, averaged over a square (what shrinks is averaged, and out of focus), mirrored beyond
-    the picture's edges."""
+    """The light at the given places, averaged over a square (what shrinks is averaged, and out of focus), mirrored
+    beyond the picture's edges."""
     height, width = light.shape[:2]
     side = min(2 * blur_side + 1, 2 * (min(height, width) - 1) + 1)
     averaged = blur(light, [np.full((side, side), 1 / side**2, dtype=np.float32)])[0] if side > 1 else light

@@ -7,18 +7,18 @@ from dtpm_fast.data.degradations.light import to_linear, to_srgb
 
 # Per layer: flakes' radius in pixels, part of the picture that they cover, opacity; (low, high), far to near.
 _LAYERS = (
-    ((0.5, 0.9), (0.01, 0.06), (0.4, 0.9)),
-    ((0.9, 1.8), (0.01, 0.06), (0.6, 1.2)),
-    ((2.0, 4.0), (0.00, 0.05), (0.5, 1.2)),
-    ((4.0, 9.0), (0.00, 0.04), (0.2, 0.7)),
+    ((0.5, 0.9), (0.005, 0.04), (0.4, 0.9)),
+    ((0.9, 1.8), (0.005, 0.04), (0.6, 1.2)),
+    ((2.0, 4.0), (0.00, 0.03), (0.5, 1.2)),
+    ((4.0, 9.0), (0.00, 0.025), (0.2, 0.7)),
 )
 
 
 def snow(image: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
     """HxWx3 float32 sRGB in [0, 1] behind falling snow, composed in linear light.
 
-    Four layers, their flakes streaked by the shutter along one direction up to 60 degrees from the vertical, ragged, and
-    more or less opaque. `strength` multiplies the number of flakes.
+    Four layers, their flakes streaked by the shutter along one direction up to 60 degrees from the vertical, ragged,
+    and more or less opaque. `strength` multiplies the number of flakes.
     """
     height, width = image.shape[:2]
     angle = np.deg2rad(rng.uniform(-60, 60))

@@ -1,0 +1,58 @@
+"""One picture that shows every degradation, on photos that ship with scikit-image or on one's own."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dtpm_fast.atomic import atomic_path
+from dtpm_fast.data.degradations import DEGRADATIONS
+from dtpm_fast.errors import UserError
+from dtpm_fast.images import SUFFIXES, read_image
+
+TILE = 224
+_SAMPLES = ("astronaut", "coffee", "chelsea", "rocket", "coffee", "astronaut", "chelsea")
+_COLUMNS = ((0.0, 0), (0.5, 0), (1.0, 0), (1.0, 1), (1.0, 2), (2.0, 0))  # (strength, seed)
+
+
+def write_sheet(target: Path | str, photos: Sequence[Path | str] = (), seed: int = 0, quality: int = 80) -> None:
+    """A row for each task: the clean photo, then degraded with the strength that is written below each tile. JPEG or
+    PNG by the target's suffix. Raises `UserError` for a broken photo, an unknown suffix and, without photos, when
+    scikit-image is not installed."""
+    target = Path(target)
+    if target.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{target}: unknown picture format {target.suffix!r}; use .jpg or .png")
+    pictures = [read_image(photo) for photo in photos] or [_sample_photo(name) for name in _SAMPLES]
+    label = 18
+    sheet = Image.new("RGB", (len(_COLUMNS) * TILE, len(DEGRADATIONS) * (TILE + label)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (task, degradation) in enumerate(DEGRADATIONS.items()):
+        clean = _tile(pictures[row % len(pictures)])
+        for column, (strength, variant) in enumerate(_COLUMNS):
+            degraded = degradation(clean, np.random.default_rng([seed, row, variant]), strength)
+            place = column * TILE, row * (TILE + label)
+            sheet.paste(Image.fromarray(np.rint(degraded * 255).astype(np.uint8)), place)
+            text = f"{task}: clean" if strength == 0 else f"strength {strength:g}, seed {variant}"
+            draw.text((place[0] + 4, place[1] + TILE + 3), text, fill="black")
+    with atomic_path(target) as temporary:
+        sheet.save(temporary, **({"quality": quality} if target.suffix.lower() in (".jpg", ".jpeg") else {}))
+
+
+def _tile(picture: np.ndarray) -> np.ndarray:
+    """TILE x TILE x 3 float32 in [0, 1]: the middle of the picture at about 1.6 times the tile's size."""
+    short = min(picture.shape[:2])
+    scale = TILE * 1.25 / short
+    size = max(round(picture.shape[1] * scale), TILE), max(round(picture.shape[0] * scale), TILE)
+    small = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS), dtype=np.float32) / 255
+    top, left = (small.shape[0] - TILE) // 2, (small.shape[1] - TILE) // 2
+    return np.ascontiguousarray(small[top : top + TILE, left : left + TILE])
+
+
+def _sample_photo(name: str) -> np.ndarray:
+    try:
+        from skimage import data  # a test dependency
+    except ImportError as error:
+        raise UserError("the sheet's sample photos need scikit-image: install it, or name photos") from error
+    photo: np.ndarray = getattr(data, name)()
+    return photo
