@@ -39,8 +39,8 @@ class Report:
 def check_folder(task: str, root: Path | str, split: str | None = None, split_file: Path | str | None = None) -> Report:
     """Look for pairs of `task` in every layout, or else for clean photos alone, and decode every picture.
 
-    `split` None takes every split that is there. Raises `UserError` when there is no such folder, and when there is neither
-    a pair nor a photo.
+    `split` None takes every split that is there. Raises `UserError` when there is no such folder, and when there is
+    neither a pair nor a photo.
     """
     root = Path(root)
     report = Report()
@@ -74,10 +74,8 @@ def check_folder(task: str, root: Path | str, split: str | None = None, split_fi
     if any((folder / "input").is_dir() for folder in (root, *(root / each for each in SPLITS))):
         raise reason  # half a set of pairs is no set of clean photos
     sizes = _sizes(photos, report.problems)
-    report.lines.append(
-        f"{len(photos)} clean photos, no pairs{_summary(list(sizes.values()))}; {task} trains from them by its synthetic "
-        "degradation"
-    )
+    summary = _summary(list(sizes.values()))
+    report.lines.append(f"{len(photos)} clean photos, no pairs{summary}; {task} trains from them synthetically")
     return report
 
 
@@ -85,10 +83,8 @@ def _sizes(paths: list[Path], problems: list[str]) -> dict[Path, Size]:
     """The size of every picture, decoded whole; a broken one becomes a problem."""
     sizes: dict[Path, Size] = {}
     with ThreadPoolExecutor(4) as pool:
-        results = pool.map(_size, paths)
-        for path, size in zip(
-            paths, tqdm(results, total=len(paths), desc="opening", leave=False, disable=None), strict=True
-        ):
+        results = tqdm(pool.map(_size, paths), total=len(paths), desc="opening", leave=False, disable=None)
+        for path, size in zip(paths, results, strict=True):
             if isinstance(size, str):
                 if size not in problems:
                     problems.append(size)

@@ -11,12 +11,12 @@ from dtpm_fast.data.degradations import DEGRADATIONS
 from dtpm_fast.errors import UserError
 from dtpm_fast.images import SUFFIXES, read_image
 
-TILE = 224
+TILE = 208
 _SAMPLES = ("astronaut", "coffee", "chelsea", "rocket", "coffee", "astronaut", "chelsea")
 _COLUMNS = ((0.0, 0), (0.5, 0), (1.0, 0), (1.0, 1), (1.0, 2), (2.0, 0))  # (strength, seed)
 
 
-def write_sheet(target: Path | str, photos: Sequence[Path | str] = (), seed: int = 0, quality: int = 80) -> None:
+def write_sheet(target: Path | str, photos: Sequence[Path | str] = (), seed: int = 0, quality: int = 75) -> None:
     """A row for each task: the clean photo, then degraded with the strength that is written below each tile. JPEG or
     PNG by the target's suffix. Raises `UserError` for a broken photo, an unknown suffix and, without photos, when
     scikit-image is not installed."""
@@ -36,11 +36,11 @@ def write_sheet(target: Path | str, photos: Sequence[Path | str] = (), seed: int
             text = f"{task}: clean" if strength == 0 else f"strength {strength:g}, seed {variant}"
             draw.text((place[0] + 4, place[1] + TILE + 3), text, fill="black")
     with atomic_path(target) as temporary:
-        sheet.save(temporary, **({"quality": quality} if target.suffix.lower() in (".jpg", ".jpeg") else {}))
+        sheet.save(temporary, quality=quality)  # formats without a quality ignore it
 
 
 def _tile(picture: np.ndarray) -> np.ndarray:
-    """TILE x TILE x 3 float32 in [0, 1]: the middle of the picture at about 1.6 times the tile's size."""
+    """TILE x TILE x 3 float32 in [0, 1]: the middle of the picture its short side 1.25 times the tile's."""
     short = min(picture.shape[:2])
     scale = TILE * 1.25 / short
     size = max(round(picture.shape[1] * scale), TILE), max(round(picture.shape[0] * scale), TILE)

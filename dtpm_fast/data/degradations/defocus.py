@@ -40,9 +40,12 @@ def confusion(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     depth = smooth_field(height, width, rng, cells=2)
     has_step, near, focus = rng.random() < 0.5, rng.uniform(0.3, 1), rng.uniform(0, 1)
     shape = smooth_field(height, width, rng, cells=3)
+    # The radii on both sides are blended, not the depths: a step in depth does not pass through the plane in focus.
+    radius = np.abs(depth - focus)
     if has_step:
-        depth = depth * (1 - near) + near * np.clip((shape - 0.5) * 12 + 0.5, 0, 1)
-    return np.minimum(np.abs(depth - focus) / (0.7 * max(focus, 1 - focus)), 1).astype(np.float32)
+        matte = np.clip((shape - 0.5) * 12 + 0.5, 0, 1)
+        radius = radius * (1 - matte) + np.abs(depth - focus + near) * matte
+    return np.minimum(radius / (0.7 * max(focus, 1 - focus)), 1).astype(np.float32)
 
 
 def opening_kernel(radius: float, reach: int, blades: int, turn: float) -> np.ndarray:

@@ -15,8 +15,8 @@ def raindrops(image: np.ndarray, rng: np.random.Generator, strength: float = 1.0
 
     A drop is a rounded, irregular cap of 3 to 22 pixels' radius, a little longer than wide. Inside it the scene appears
     inverted and shrunk (the drop refracts a wide angle into its small area), blurred because the camera is focused on
-    what is behind, darker toward one edge; its own edge is soft for the same reason. `strength` multiplies the number of
-    drops, which is 10 to 70 on 256x256 pixels at 1.
+    what is behind, darker toward one edge; its own edge is soft for the same reason. `strength` multiplies the number
+    of drops, which is 10 to 70 on 256x256 pixels at 1.
     """
     height, width = image.shape[:2]
     amount = rng.uniform(1 / 4, 7 / 4)
