@@ -8,7 +8,7 @@ from dtpm_fast.kernels.device import cast_for_autocast, runs_triton
 
 
 def channel_attention(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`x · (W · mean_HW(x) + b)`, differentiable; means and the product with W are taken in float32.
+    """`x · (W · mean_HW(x) + b)`, differentiable; means and the product with W are wider than `x`.
 
     Args:
         x: (B, C, H, W), channels_last or contiguous.
@@ -34,7 +34,7 @@ def channel_attention_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def attention_of(mean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`W · mean + b` for means (B, C) in float32 or wider: one small product, in the means' dtype, autocast or not."""
+    """`W · mean + b` for means (B, C) in float64: one small product, in float64 as well, autocast or not."""
     with torch.autocast(mean.device.type, enabled=False):
         return torch.addmm(bias.to(mean.dtype), mean, weight.flatten(1).to(mean.dtype).t())
 
@@ -48,20 +48,20 @@ def attention_backward(grad_attention: Tensor, mean: Tensor, weight: Tensor) -> 
 
 @torch.library.custom_op("dtpm_fast::channel_attention", mutates_args=())
 def _channel_attention(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The result and the means (B, C), which the backward needs."""
+    """The result and the means (B, C) in float64, which the backward needs."""
     if runs_triton(x):
         from dtpm_fast.kernels.channel_attention_triton import channel_means, scale_channels
 
         mean = channel_means(x)
-        return scale_channels(x, attention_of(mean, weight, bias)), mean
-    mean = x.to(torch.promote_types(x.dtype, torch.float32)).mean((2, 3))
+        return scale_channels(x, attention_of(mean, weight, bias).float()), mean
+    mean = x.mean((2, 3), dtype=torch.float64)
     out = x * attention_of(mean, weight, bias)[:, :, None, None]
     return out.to(x.dtype).contiguous(memory_format=layout_of(x)), mean
 
 
 @_channel_attention.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    mean = x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
+    mean = x.new_empty(x.shape[:2], dtype=torch.float64)
     return torch.empty_like(x, memory_format=layout_of(x)), mean
 
 
@@ -77,7 +77,7 @@ def _channel_attention_backward(
         grad = grad.contiguous(memory_format=layout_of(x))
         grad_attention = channel_means(x, grad) * pixels
         grad_mean, grad_weight, grad_bias = attention_backward(grad_attention, mean, weight)
-        grad_x = scale_channels(grad, attention, grad_mean / pixels)
+        grad_x = scale_channels(grad, attention.float(), (grad_mean / pixels).float())
     else:
         wide = grad.to(mean.dtype)
         grad_mean, grad_weight, grad_bias = attention_backward((wide * x).sum((2, 3)), mean, weight)

@@ -10,7 +10,7 @@ from dtpm_fast.kernels.tiles import add_partials, programs_per_sample, sum_pixel
 
 
 def channel_means(x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean over the pixels of `x`, or of `x · other` (same layout): (B, C) in float32."""
+    """Mean over the pixels of `x`, or of `x · other` (same layout): (B, C) in float64."""
     samples, channels, height, width = x.shape
     pixels = height * width
     block_c, block_p = _blocks(channels)

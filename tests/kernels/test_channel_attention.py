@@ -54,7 +54,7 @@ def test_gradients_and_registration(memory_format: torch.memory_format) -> None:
     assert torch.autograd.gradcheck(channel_attention, inputs)
     assert torch.autograd.gradcheck(lambda *tensors: _channel_attention(*tensors)[0], inputs)
     torch.library.opcheck(_channel_attention, [tensor.requires_grad_() for tensor in (x, weight, bias)])
-    inner = [tensor.detach() for tensor in (torch.randn(2, 4, 3, 5), x, x.mean((2, 3)), weight, bias)]
+    inner = [tensor.detach() for tensor in (torch.randn(2, 4, 3, 5), x, x.mean((2, 3)).double(), weight, bias)]
     torch.library.opcheck(_channel_attention_backward, inner)
 
 
