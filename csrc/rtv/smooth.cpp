@@ -1,0 +1,97 @@
+#include "rtv.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <utility>
+
+#include "team.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace rtv {
+namespace {
+
+// Float32 values of 1e-38 and below cost a hundred cycles each and mean nothing here.
+class FlushDenormals {
+public:
+#if defined(__x86_64__)
+    FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before_); }
+
+private:
+    unsigned before_;
+#else
+    FlushDenormals() {}
+#endif
+};
+
+namespace portable {
+#include "engine.h"
+}
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#include "engine.h"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")
+namespace avx512 {
+#include "engine.h"
+}
+#pragma GCC pop_options
+#endif
+
+template <template <class, int, int> class Engine, class Real, int V>
+std::vector<SolveReport> run(Real* planes, int height, int width, int channels, const Parameters& parameters,
+                             int threads) {
+    Team team(std::max(1, std::min(threads, (height + V - 1) / V)));
+    if (channels == 1) return Engine<Real, V, 1>(planes, height, width, parameters, team).run();
+    return Engine<Real, V, 3>(planes, height, width, parameters, team).run();
+}
+
+}  // namespace
+
+template <class Real>
+std::vector<SolveReport> smooth(Real* planes, int height, int width, int channels, const Parameters& parameters,
+                                Isa isa, int threads) {
+    constexpr int per16 = 16 / sizeof(Real);  // values in 16 bytes
+#if defined(__x86_64__)
+    if (isa == Isa::avx512)
+        return run<avx512::Engine, Real, 4 * per16>(planes, height, width, channels, parameters, threads);
+    if (isa == Isa::avx2)
+        return run<avx2::Engine, Real, 2 * per16>(planes, height, width, channels, parameters, threads);
+#endif
+    return run<portable::Engine, Real, per16>(planes, height, width, channels, parameters, threads);
+}
+
+template std::vector<SolveReport> smooth(float*, int, int, int, const Parameters&, Isa, int);
+template std::vector<SolveReport> smooth(double*, int, int, int, const Parameters&, Isa, int);
+
+bool supports(Isa isa) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return isa == Isa::portable;
+}
+
+Isa best_isa() {
+    for (Isa isa : {Isa::avx512, Isa::avx2})
+        if (supports(isa)) return isa;
+    return Isa::portable;
+}
+
+}  // namespace rtv
