@@ -71,7 +71,8 @@ def check_folder(task: str, root: Path | str, split: str | None = None, split_fi
         photos = find_photos(root)
     except UserError:
         raise reason from None
-    if any((folder / "input").is_dir() for folder in (root, *(root / each for each in SPLITS))):
+    halves = ("input", "target", "inputC", "gt", "data", "synthetic", "blur", "sharp", "source")
+    if any(photo.parent.name in halves for photo in photos):
         raise reason  # half a set of pairs is no set of clean photos
     sizes = _sizes(photos, report.problems)
     summary = _summary(list(sizes.values()))

@@ -34,6 +34,14 @@ SPLITS = ("train", "test", "val")
 Pair = tuple[Path, Path]
 
 
+class LayoutNotFound(UserError):
+    """A folder has pairs in no known layout, in no split: it may hold clean photos."""
+
+
+class SplitNotFound(UserError):
+    """A folder has pairs, but none in the wanted split."""
+
+
 class Pairs(NamedTuple):
     """What `find_pairs` found: the layout's name, and (degraded path, target path) of every pair, sorted."""
 
@@ -54,14 +62,15 @@ def find_pairs(task: str, root: Path | str, split: str = "train", split_file: Pa
     """The pairs of `task` under `root`, by the first layout that fits.
 
     With a CSV `split_file`, the pictures (in any split's folder) whose row says `split`; with a text file, those that
-    it lists. Raises `UserError` when no layout fits, the split has no pair, or a picture lacks its partner.
+    it lists. Raises `LayoutNotFound` or `SplitNotFound`, both of them `UserError`s, when there is nothing, and
+    `UserError` when a picture lacks its partner.
     """
     scan = scan_pairs(task, root, split, split_file)
     if scan.problems:
         more = f" (and {len(scan.problems) - 1} more like it)" if len(scan.problems) > 1 else ""
         raise UserError(f"{scan.problems[0]}{more}; list them: python -m dtpm_fast.data check --task {task} {root}")
     if not scan.pairs:
-        raise UserError(f"{root}: layout {scan.layout} has no pair in the split {split!r}")
+        raise SplitNotFound(f"{root}: no pairs for {task} in the split {split}, by the layout {scan.layout}")
     return Pairs(scan.layout, scan.pairs)
 
 
@@ -86,12 +95,19 @@ def scan_pairs(task: str, root: Path | str, split: str = "train", split_file: Pa
             if split_file is not None:
                 _select(scan, Path(split_file), split)
             return scan
-    looked = dict.fromkeys(
+    others = [each for each in SPLITS if each != split and any(layout.find_folders(root, each) for layout in layouts)]
+    if others:
+        if split == "train":  # its test pictures must not be taken for a folder of clean photos
+            raise SplitNotFound(
+                f"{root}: pairs for {task} only in {' and '.join(others)}, none to train on; a split file chooses"
+            )
+        raise SplitNotFound(f"{root}: no pairs for {task} in the split {split}, only in {' and '.join(others)}")
+    looked = [
         f"{pattern.format(split=split)} + {'/'.join(layout.targets)}"
         for layout in layouts
         for pattern in layout.patterns
-    )
-    raise UserError(f"{root}: no pairs for {task} in it; looked for the folders {', '.join(looked)}")
+    ]
+    raise LayoutNotFound(f"{root}: no pairs for {task} in it; looked for {', '.join(dict.fromkeys(looked))}")
 
 
 @dataclass(frozen=True)

@@ -45,14 +45,23 @@ class PictureCache:
 
     def read(self, path: Path) -> np.ndarray:
         """HxWx3 uint8, read-only. Raises `UserError` naming the file when it is no picture."""
+        picture = self.decode(path)
+        self.keep(path, picture)
+        return picture
+
+    def decode(self, path: Path) -> np.ndarray:
+        """As `read`, without keeping it: what threads may call."""
         picture = self._pictures.get(path)
         if picture is None:
             picture = read_image(path)
             picture.setflags(write=False)
-            if self.used_bytes + picture.nbytes <= self.max_bytes:
-                self._pictures[path] = picture
-                self.used_bytes += picture.nbytes
         return picture
+
+    def keep(self, path: Path, picture: np.ndarray) -> None:
+        """Keep a decoded picture if there is room."""
+        if path not in self._pictures and self.used_bytes + picture.nbytes <= self.max_bytes:
+            self._pictures[path] = picture
+            self.used_bytes += picture.nbytes
 
     def __getstate__(self) -> dict[str, Any]:
         return {"max_bytes": self.max_bytes, "used_bytes": 0, "_pictures": {}}
@@ -93,6 +102,8 @@ def _decoded(paths: Sequence[Path], cache: PictureCache, what: str) -> Iterable[
     # Pillow decodes without the interpreter's lock; a bounded batch keeps at most a few pictures outside the cache.
     with ThreadPoolExecutor(4) as pool, tqdm(total=len(paths), desc=what, leave=False, disable=None) as bar:
         for start in range(0, len(paths), 16):
-            for picture in pool.map(cache.read, paths[start : start + 16]):
+            batch = paths[start : start + 16]
+            for path, picture in zip(batch, pool.map(cache.decode, batch), strict=True):
+                cache.keep(path, picture)
                 bar.update()
                 yield picture

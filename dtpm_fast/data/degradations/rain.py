@@ -111,5 +111,5 @@ def _physical(image: np.ndarray, streaks: np.ndarray) -> np.ndarray:
     background = to_linear(image)
     surroundings = np.percentile(background, 95, axis=(0, 1)).astype(np.float32)  # the sky, or the brightest there is
     surroundings = 0.5 * surroundings + 0.5 * max(float(surroundings.mean()), 0.3)
-    opacity = np.minimum(1.2 * streaks, 1)
+    opacity = np.minimum(0.8 * streaks, 1)
     return np.clip(to_srgb(background * (1 - opacity) + surroundings * opacity), 0, 1)

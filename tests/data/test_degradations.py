@@ -1,0 +1,205 @@
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from dtpm_fast.data.degradations import DEGRADATIONS, border, degrade
+from dtpm_fast.data.degradations.defocus import confusion, opening_kernel
+from dtpm_fast.data.degradations.fields import blur, scattered_drops, smooth_field
+from dtpm_fast.data.degradations.haze import haze
+from dtpm_fast.data.degradations.light import to_linear, to_srgb
+from dtpm_fast.data.degradations.motion_blur import camera_path, path_kernel
+from dtpm_fast.data.degradations.rain import COMPOSITIONS, rain, rain_streaks
+from dtpm_fast.errors import UserError
+from dtpm_fast.tasks import TASKS
+
+
+def scene(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """HxWx3 float32 with smooth parts, edges and grain."""
+    rng = np.random.default_rng(seed)
+    base = np.stack([smooth_field(height, width, rng, 3) for _ in range(3)], axis=2)
+    edges = (smooth_field(height, width, rng, 5) > 0.5)[..., None] * 0.3
+    grain = rng.normal(0, 0.05, (height, width, 3))
+    return np.clip(0.7 * base + edges + grain, 0, 1).astype(np.float32)
+
+
+def rngs(count: int) -> Iterator[np.random.Generator]:
+    return (np.random.default_rng([77, index]) for index in range(count))
+
+
+def test_every_task_has_one() -> None:
+    assert DEGRADATIONS.keys() == TASKS.keys()
+    with pytest.raises(UserError, match="unknown task"):
+        degrade("denoise", scene(8, 8), np.random.default_rng(0))
+    with pytest.raises(UserError, match="unknown task"):
+        border("denoise")
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (37, 53), (17, 96), (1, 1), (1, 30), (5, 2)])
+def test_range_shape_and_input_untouched(task: str, height: int, width: int) -> None:
+    image = scene(height, width)
+    before = image.copy()
+    for rng in rngs(6):
+        for strength in (0.3, 1.0, 2.5):
+            degraded = degrade(task, image, rng, strength)
+            assert degraded.shape == image.shape
+            assert degraded.dtype == np.float32
+            assert np.isfinite(degraded).all()
+            assert 0 <= degraded.min() <= degraded.max() <= 1
+    np.testing.assert_array_equal(image, before)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_black_and_white_pictures(task: str, level: float) -> None:
+    for rng in rngs(4):
+        degraded = degrade(task, np.full((20, 23, 3), level, np.float32), rng)
+        assert np.isfinite(degraded).all()
+        assert 0 <= degraded.min() <= degraded.max() <= 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_equal_generators_give_equal_bytes(task: str) -> None:
+    image = scene(48, 40)
+    first = [degrade(task, image, rng).tobytes() for rng in rngs(3)]
+    assert first == [degrade(task, image, rng).tobytes() for rng in rngs(3)]
+    assert len(set(first)) == 3
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_strength_zero_is_the_clean_picture_and_more_is_worse(task: str) -> None:
+    image = scene(96, 96)
+    for rng in rngs(2):
+        clean = degrade(task, image, rng, 0.0)
+        np.testing.assert_array_equal(clean, image)
+        assert clean is not image
+    strengths = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
+    change = [np.mean([np.abs(degrade(task, image, rng, s) - image).mean() for rng in rngs(12)]) for s in strengths]
+    assert change == sorted(change)
+    assert all(less < more for less, more in zip(change, change[1:], strict=False))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_inside_the_border_nothing_depends_on_what_was_left_out(task: str) -> None:
+    """A picture that differs only beyond the piece gives the same inside: the border covers a degradation's reach."""
+    if task == "raindrop":
+        pytest.skip("drops show the scene from far beyond, mirrored at the edge by design")
+    margin, strength = border(task, 1.3), 1.3
+    if margin == 0:
+        margin, untouched = 1, True
+    else:
+        untouched = False
+    image = scene(40 + 2 * margin, 40 + 2 * margin)
+    ring = image.copy()
+    ring[0], ring[-1], ring[:, 0], ring[:, -1] = 0, 0, 0, 0
+    for seed in range(5):
+        first, second = (degrade(task, each, np.random.default_rng(seed), strength) for each in (image, ring))
+        inside = slice(margin, -margin) if not untouched else slice(1, -1)
+        np.testing.assert_allclose(
+            first[inside, inside], second[inside, inside], atol=2e-3 if task == "deblur" else 5e-2
+        )
+
+
+def test_srgb_round_trip_and_known_values() -> None:
+    values = np.linspace(0, 1, 1001, dtype=np.float32)
+    np.testing.assert_allclose(to_srgb(to_linear(values)), values, atol=1e-6)
+    assert to_linear(np.float32(0.5)) == pytest.approx(0.214041, abs=1e-6)
+    assert to_linear(np.float32(0.04045)) == pytest.approx(0.04045 / 12.92, abs=1e-7)
+
+
+def test_blur_is_convolution_with_reflection() -> None:
+    from scipy import ndimage
+
+    image = scene(23, 31)
+    rng = np.random.default_rng(0)
+    kernels = [rng.random((7, 7)) for _ in range(2)]
+    for kernel, blurred in zip(kernels, blur(image, kernels), strict=True):
+        expected = np.stack(
+            [ndimage.convolve(image[..., c].astype(np.float64), kernel, mode="mirror") for c in range(3)], axis=2
+        )
+        np.testing.assert_allclose(blurred, expected, atol=1e-4)
+
+
+def test_scattered_drops_are_nested_and_of_the_asked_density() -> None:
+    few, many = (scattered_drops(60, 70, np.random.default_rng(3), density, 1.5) for density in (0.01, 0.05))
+    assert (many >= few).all()
+    count = 0.2 * 300 * 300
+    drops = scattered_drops(300, 300, np.random.default_rng(0), 0.2, 2.0)
+    assert drops.sum() == pytest.approx(count, abs=5 * np.sqrt(count / 2))  # a gamma of shape 2 has variance 1/2
+
+
+def test_rain_is_near_vertical_in_both_directions_and_only_brightens() -> None:
+    image = np.full((96, 96, 3), 0.3, np.float32)
+    slants = []
+    for rng in rngs(30):
+        rainy = rain(image, rng, 1.0, "additive")
+        assert (rainy >= image - 1e-6).all()
+        assert np.ptp(rainy - image, axis=2).max() == 0  # grey
+        streaks = rain_streaks(96, 96, rng)
+        down, right = np.gradient(streaks)
+        # Of the structure tensor: streaks change least along their direction.
+        slant = 0.5 * np.arctan2(-2 * (down * right).mean(), (right**2).mean() - (down**2).mean())
+        slants.append(np.rad2deg(slant))
+    assert max(np.abs(slants)) < 36
+    assert min(slants) < -10 < 10 < max(slants)
+
+
+def test_rain_compositions() -> None:
+    image = scene(64, 64)
+    outcomes = {name: rain(image, np.random.default_rng(4), 1.0, name) for name in COMPOSITIONS}
+    dry = np.all(outcomes["additive"] == image, axis=2)
+    assert 0.1 < dry.mean() < 0.95
+    for rainy in outcomes.values():
+        assert (np.abs(rainy - image).max(axis=2) > 0.02).any()
+        np.testing.assert_allclose(rainy[dry], image[dry], atol=1e-5)  # the same streaks
+    assert (outcomes["screen"] <= outcomes["additive"] + 1e-6).all()
+    with pytest.raises(ValueError, match="composition"):
+        rain(image, np.random.default_rng(4), 1.0, "multiply")
+
+
+def test_haze_follows_koschmieder() -> None:
+    """In linear light a hazy pixel lies between the scene and one airlight for the whole picture: equal transmission, so
+    two pixels of one row place differ by t times their clean difference in every channel."""
+    image = np.full((32, 32, 3), 0.2, np.float32)
+    image[:, 1::2] = (0.6, 0.5, 0.4)
+    for rng in rngs(4):
+        hazy, light = to_linear(haze(image, rng)), to_linear(image)
+        ratio = (hazy[:, 1::2] - hazy[:, ::2]) / (light[:, 1::2] - light[:, ::2])
+        assert ratio.min() > 0
+        assert ratio.max() < 1
+        np.testing.assert_allclose(ratio[..., 0], ratio[..., 2], rtol=0.25)
+
+
+def test_camera_paths_are_centred_and_reach_one() -> None:
+    for rng in rngs(10):
+        path = camera_path(rng)
+        assert np.hypot(path[:, 0], path[:, 1]).max() == pytest.approx(1)
+        np.testing.assert_allclose(path.max(axis=0), -path.min(axis=0), atol=1e-9)
+
+
+def test_path_kernel_spends_its_time_along_the_path() -> None:
+    straight = np.stack([np.zeros(64), np.linspace(-3, 3, 64)], axis=1)
+    kernel = path_kernel(straight, 4)
+    assert kernel.shape == (9, 9)
+    assert kernel.sum() == pytest.approx(1)
+    assert kernel[4, 2:7].min() > 0.12
+    assert kernel[[0, 1, 2, 3, 5, 6, 7, 8]].max() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("blades", [0, 5, 6, 8])
+def test_opening_kernel_is_a_disc_or_polygon(blades: int) -> None:
+    kernel = opening_kernel(6.0, 8, blades, 0.3)
+    assert kernel.sum() == pytest.approx(1)
+    area = np.pi * 36 if blades == 0 else 0.5 * blades * 36 * np.sin(2 * np.pi / blades)
+    assert 1 / kernel.max() == pytest.approx(area, rel=0.03)  # flat inside
+    assert kernel[8, 8] == kernel.max()
+    down, right = np.mgrid[-8:9, -8:9]
+    assert kernel[np.hypot(down, right) > 7].max() == 0
+
+
+def test_confusion_spans_focus_to_blur() -> None:
+    fields = [confusion(40, 50, rng) for rng in rngs(20)]
+    assert min(field.min() for field in fields) < 0.02
+    assert max(field.max() for field in fields) == 1
+    assert all(field.shape == (40, 50) for field in fields)
