@@ -1,0 +1,29 @@
+"""Which device runs, and why: said, never silent."""
+
+import torch
+
+from dtpm_fast.errors import UserError
+
+
+def choose_device(name: str = "auto") -> tuple[torch.device, str]:
+    """The torch device for "auto", "cpu", "cuda" or "cuda:N", and one line that says why.
+
+    Raises `UserError` when CUDA is asked for and absent, or the name is unknown.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), f"cuda ({torch.cuda.get_device_name()}): found and chosen by auto"
+        return torch.device("cpu"), f"cpu ({torch.get_num_threads()} threads): no CUDA device was found"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"device {name}: no CUDA device is available here; use --device cpu or auto")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise UserError(f"device {name}: there are only {torch.cuda.device_count()} CUDA devices")
+        return device, f"{name} ({torch.cuda.get_device_name(device)}): as asked"
+    if device.type != "cpu":
+        raise UserError(f"device {name}: only cpu and cuda are supported")
+    return device, "cpu: as asked"

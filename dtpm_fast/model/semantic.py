@@ -1,0 +1,104 @@
+"""The semantic code: the pooled feature of an image encoder, frozen, that tells the denoiser what it is looking at."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dtpm_fast.errors import UserError
+
+COMPACT_FILE = Path(__file__).parent.parent / "weights" / "compact.safetensors"
+RESNET18 = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+RESNET18_SHA256_PREFIX = "f37072fd"  # torchvision puts the first 8 digits of the file's SHA-256 into its name
+
+
+class SemanticEncoder(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] to codes (B, `code_channels`): global average of the trunk's last map.
+
+    The picture is resized to 224x224 (bilinear, antialiased), whatever its size, so that the cost is constant and a
+    crop and a photo are seen alike. The encoder is frozen and always in evaluation mode.
+    """
+
+    def __init__(self, trunk: nn.Module, code_channels: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.code_channels = code_channels
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        return self.features(image)
+
+    def features(self, image: Tensor) -> Tensor:
+        """What `forward` gives, with gradients: for the distillation that trains the compact encoder."""
+        image = F.interpolate(image, size=(224, 224), mode="bilinear", antialias=True, align_corners=False)
+        return self.trunk((image * 0.5 + 0.5 - self.mean) / self.std).mean(dim=(2, 3))
+
+    def train(self, mode: bool = True) -> "SemanticEncoder":  # noqa: ARG002
+        """Stays in evaluation mode: its batch statistics are part of the frozen weights."""
+        return super().train(False)
+
+
+def compact_encoder() -> SemanticEncoder:
+    """The trunk of torchvision's MobileNetV3-Small (0.93M parameters), 576-d code, with fresh weights."""
+    return SemanticEncoder(torchvision.models.mobilenet_v3_small(weights=None).features, 576)
+
+
+def resnet18_encoder() -> SemanticEncoder:
+    """The trunk of ResNet-18 (the paper's encoder), 512-d code, with fresh weights."""
+    resnet = torchvision.models.resnet18(weights=None)
+    return SemanticEncoder(nn.Sequential(*list(resnet.children())[:-2]), 512)
+
+
+def load_compact() -> dict[str, Tensor]:
+    """The compact encoder's shipped weights, distilled by `python -m dtpm_fast.training.distill`."""
+    try:
+        return {key: value.float() if value.is_floating_point() else value for key, value in load_file(COMPACT_FILE).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{COMPACT_FILE}: the compact encoder's weights cannot be read ({error}); reinstall dtpm-fast") from error
+
+
+def load_resnet18(file: Path | str | None = None) -> dict[str, Tensor]:
+    """torchvision's ResNet-18 weights as the trunk's state dict, checked by hash.
+
+    From `file`, else from the file that DTPM_RESNET18 names, else downloaded once into torch's hub cache. Raises
+    `UserError` when there is neither network nor file, or the file is another one.
+    """
+    file = file or os.environ.get("DTPM_RESNET18")
+    try:
+        if file is not None:
+            digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            if not digest.startswith(RESNET18_SHA256_PREFIX):
+                raise UserError(
+                    f"{file}: is not torchvision's {Path(RESNET18.url).name} "
+                    f"(SHA-256 {digest[:8]}..., expected {RESNET18_SHA256_PREFIX}...)"
+                )
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            state = torch.hub.load_state_dict_from_url(RESNET18.url, map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        where = str(file) if file is not None else RESNET18.url
+        raise UserError(
+            f"ResNet-18 for the semantic code: {where} cannot be read ({error}). Download {RESNET18.url} on a machine with "
+            f"a network and set DTPM_RESNET18 to the file, or train with --set semantic_code=compact"
+        ) from error
+    return resnet18_trunk_state(state)
+
+
+def resnet18_trunk_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's names (conv1, bn1, layer1 ...) as the indices of our trunk."""
+    index = {name: str(i) for i, (name, _) in enumerate(list(torchvision.models.resnet18(weights=None).named_children())[:-2])}
+    trunk = {}
+    for key, value in state.items():
+        child, _, rest = key.partition(".")
+        if child in index:
+            trunk[f"trunk.{index[child]}.{rest}"] = value
+    return trunk

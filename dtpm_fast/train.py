@@ -1,0 +1,111 @@
+"""`python -m dtpm_fast.train`: stage I on a folder of photos, stage II on pairs or on clean photos."""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dtpm_fast.commands.run import run
+from dtpm_fast.config import Config
+from dtpm_fast.device import choose_device
+from dtpm_fast.errors import UserError
+from dtpm_fast.model.dtpm import DTPM, load_semantic_weights
+from dtpm_fast.tasks import TASKS, check_task
+from dtpm_fast.training.freeze import freeze
+from dtpm_fast.training.loop import Run, train
+from dtpm_fast.training.sources import stage1_source, stage2_source
+from dtpm_fast.weights_file import fill, read_weights
+
+EXAMPLES = """examples:
+  python -m dtpm_fast.train --stage 1 --data photos --output runs/prior --set preset=light crop=96 batch_size=8 steps=2000
+  python -m dtpm_fast.train --stage 2 --task derain --data rain --prior runs/prior/weights.safetensors \\
+      --output runs/derain --set crop=96 batch_size=8 steps=6000
+  python -m dtpm_fast.train --stage 2 --task dehaze --data photos --prior runs/prior/weights.safetensors --output runs/dehaze
+Every setting (--set, or a TOML file for --config) is described in dtpm_fast/config.py; the defaults are the paper's."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dtpm_fast.train",
+        description="Train DTPM: stage 1, the texture prior, on photos; stage 2, a task's adapters and initial predictor.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
+    parser.add_argument("--task", choices=tuple(TASKS), help="stage 2 only")
+    parser.add_argument("--data", type=Path, required=True, help="photos (stage 1); pairs or clean photos (stage 2)")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run: weights, checkpoints, TensorBoard")
+    parser.add_argument("--config", type=Path, help="settings as a TOML file")
+    parser.add_argument("--set", dest="settings", action="extend", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--prior", type=Path, help="stage 1 weights that stage 2 starts from")
+    parser.add_argument("--smoothed", type=Path, help="stage 1: the photos as dtpm-smooth wrote them (else on the fly)")
+    parser.add_argument("--synthetic", type=Path, help="stage 2: clean photos to degrade, beside the real pairs")
+    parser.add_argument("--split-file", type=Path, help="stage 2: CSV or list that says which pictures train and test")
+    parser.add_argument("--validation", type=Path, help="folder to validate on (else a part of the data is held out)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --output")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+    if (args.stage == 2) != (args.task is not None):
+        parser.error("--task belongs to --stage 2, and stage 2 needs it")
+    return run(lambda: _main(args))
+
+
+def _main(args: argparse.Namespace) -> int:
+    device, why = choose_device(args.device)
+    print(f"device: {why}")
+    prior = None if args.prior is None else read_weights(args.prior)
+    if prior is not None and prior.stage != 1:
+        raise UserError(f"{args.prior}: holds stage {prior.stage} weights; --prior takes stage 1 weights")
+    defaults: dict[str, Any] = {}
+    if prior is not None:
+        defaults = {**asdict(prior.config.model), **asdict(prior.config.diffusion)}
+    config = Config.load(args.config, args.settings, defaults)
+    if args.stage == 1 and config.train.tune != "adapters":
+        raise UserError(f"tune = {config.train.tune!r}: belongs to stage 2; stage 1 trains the whole denoiser")
+    model = _build(args, config, prior)
+    freeze(model, config.train.tune)
+    if args.stage == 1:
+        source = stage1_source(args.data, args.smoothed, args.validation, config.train)
+    else:
+        task = check_task(args.task)
+        source = stage2_source(task, args.data, args.split_file, args.synthetic, args.validation, config.train)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"data: {source.about}; validation on {len(source.validation)} crops")
+    print(f"model: {config.model.preset}, {trained / 1e6:.2f}M parameters train")
+    about = {"data": source.about, "device": why}
+    weights = train(
+        Run(model, config, args.task or "", source.data, source.validation, args.output, device, about), args.resume
+    )
+    print(f"written: {weights}")
+    return 0
+
+
+def _build(args: argparse.Namespace, config: Config, prior: Any) -> DTPM:
+    import torch
+
+    torch.manual_seed(config.train.seed)
+    model = DTPM(config.model, args.stage)
+    load_semantic_weights(model)
+    if prior is not None:
+        if args.stage == 1:
+            raise UserError("--prior belongs to stage 2")
+        _check_same_network(prior.config, config, args.prior)
+        fill(model, prior)
+    elif args.stage == 2 and config.train.tune != "all":
+        raise UserError(
+            "stage 2 needs --prior, the weights of stage 1; or --set tune=all to train without stage 1 (table 6, first row)"
+        )
+    return model
+
+
+def _check_same_network(prior: Config, config: Config, path: Path) -> None:
+    names = ("preset", "width", "encoder_blocks", "middle_blocks", "decoder_blocks", "embedding", "semantic_code", "parameterization")
+    for name in names:
+        then, now = getattr(prior.model, name), getattr(config.model, name)
+        if then != now:
+            raise UserError(f"{path}: was trained with {name} = {then!r}, the settings say {now!r}; leave that setting out")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

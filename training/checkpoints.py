@@ -1,0 +1,43 @@
+"""What a killed run needs to go on bit for bit: trainer states, written whole, the last K kept.
+
+A run folder holds `checkpoints/step-00001000.pt` (model, averages, optimiser, step, config), `weights.safetensors` (the
+averages, for use) and TensorBoard's files. Random numbers need no state: batch, noise and gamma of an iteration are
+functions of the seed and the iteration alone.
+"""
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+
+from dtpm_fast.atomic import atomic_path
+
+
+def save_state(run: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write the state of `step` and remove all but the newest `keep`."""
+    target = run / "checkpoints" / f"step-{step:08d}.pt"
+    with atomic_path(target) as temporary:
+        torch.save({"step": step, **state}, temporary)
+    for old in list_states(run)[keep:]:
+        old.unlink(missing_ok=True)
+    return target
+
+
+def list_states(run: Path) -> list[Path]:
+    """The run's states, newest first."""
+    found = [p for p in (run / "checkpoints").glob("step-*.pt") if re.fullmatch(r"step-\d{8}\.pt", p.name)]
+    return sorted(found, reverse=True)
+
+
+def newest_state(run: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest state that can be read, loaded without unpickling code, and a line for each one that cannot."""
+    broken = []
+    for path in list_states(run):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True), broken
+        except (OSError, RuntimeError, EOFError, KeyError, ValueError, BadZipFile, pickle.UnpicklingError) as error:
+            broken.append(f"{path}: not readable ({str(error).splitlines()[0]}); trying the one before")
+    return None, broken

@@ -1,0 +1,22 @@
+"""What stage II trains. The paper freezes the whole prior; table 6's other rows fine-tune a part of it."""
+
+from dtpm_fast.model.dtpm import DTPM
+
+_DENOISER = {
+    "adapters": (),
+    "encoder": ("intro.", "encoders.", "downs.", "middle_blks."),
+    "decoder": ("ups.", "decoders.", "ending."),
+    "encoder_decoder": ("intro.", "encoders.", "downs.", "middle_blks.", "ups.", "decoders.", "ending."),
+    "all": ("",),
+}
+
+
+def freeze(model: DTPM, tune: str) -> None:
+    """Leave gradients on for what trains: in stage I the denoiser, in stage II adapters, predictor, and the part of the
+    denoiser that `tune` names. The semantic encoder never trains."""
+    prefixes = _DENOISER["all" if model.stage == 1 else tune]
+    for name, parameter in model.named_parameters():
+        if name.startswith("denoiser."):
+            parameter.requires_grad_(name.removeprefix("denoiser.").startswith(prefixes))
+        else:
+            parameter.requires_grad_(name.startswith(("adapters.", "predictor.")))

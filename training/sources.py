@@ -1,0 +1,127 @@
+"""What a run trains and validates on: photos for stage I; pairs, clean photos with synthetic degradations, or both
+mixed, for stage II. Everything is found and checked here, before training starts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dtpm_fast.config import TrainConfig
+from dtpm_fast.data.crops import Augment, MixedCrops, PairCrops, SmoothedCrops, SyntheticCrops
+from dtpm_fast.data.layouts import find_pairs
+from dtpm_fast.data.pictures import PictureCache, find_photos
+from dtpm_fast.errors import UserError
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Training data, validation pairs, and a line that says what they are."""
+
+    data: Dataset[Pair]
+    validation: list[Pair]
+    about: str
+
+
+def stage1_source(photos: Path, smoothed: Path | None, validation: Path | None, train: TrainConfig) -> Source:
+    """(x_g, y_s) crops of a folder of photos; validation on another folder, else on every tenth photo, held out."""
+    cache = PictureCache()
+    if validation is None:
+        kept, held_out = hold_out(find_photos(photos), train.validation_images)
+    else:
+        kept, held_out = find_photos(photos), find_photos(validation)[: train.validation_images]
+    options = {"seed": train.seed, "rotate45": train.rotate45, "cache": cache}
+    # A list of paths is matched by name alone, so a folder smoothed ahead is given as the folder it belongs to.
+    data = SmoothedCrops(kept if smoothed is None else photos, train.crop, smoothed=smoothed, **options)  # type: ignore[arg-type]
+    count = min(train.validation_images, len(held_out))
+    unseen = SmoothedCrops(held_out, train.crop, train.seed + 1, augment="none", cache=cache) if count else None
+    return Source(
+        data,
+        [unseen[i] for i in range(count)] if unseen is not None else [],
+        f"{len(data.photos)} photos of {photos.name}" + (", smoothed ahead" if smoothed else ", smoothed on the fly"),
+    )
+
+
+def stage2_source(
+    task: str, data: Path, split_file: Path | None, synthetic: Path | None, validation: Path | None, train: TrainConfig
+) -> Source:
+    """(y_d, y_g) crops. `data` holds pairs in a layout of the task, or clean photos that are degraded synthetically;
+    `synthetic` is a folder of clean photos to mix in beside real pairs. Validation: the layout's test split, else every
+    tenth pair or photo, held out; or the pairs or photos of `validation`."""
+    cache = PictureCache()
+    crop, seed = train.crop, train.seed
+    pairs = _pairs_or_none(task, data, "train", split_file)
+    if pairs is None and synthetic is not None:
+        raise UserError(f"--synthetic {synthetic}: --data {data} holds clean photos already; give pairs there, or one of both")
+    if pairs is None:
+        photos = find_photos(data)
+        kept, held_out = hold_out(photos, train.validation_images) if validation is None else (photos, [])
+        source: Dataset[Pair] = _synthetic(kept, task, train, cache)
+        about = f"{len(kept)} clean photos of {data.name}, synthetic {task}"
+        unseen = _validation(task, validation, train, cache) or SyntheticCrops(
+            held_out, task, crop, seed + 1, strength=train.strength, augment="none", cache=cache, check=bool(held_out)
+        )
+    else:
+        held_out_pairs: Sequence[tuple[Path, Path]] = []
+        if validation is None:
+            held_out_pairs = _pairs_or_none(task, data, "test", split_file) or []
+            if not held_out_pairs or set(held_out_pairs) & set(pairs):
+                pairs, held_out_pairs = hold_out(pairs, train.validation_images)
+        source = PairCrops(pairs, crop, seed, augment=_augment(task), rotate45=train.rotate45, cache=cache)
+        about = f"{len(pairs)} pairs of {data.name}"
+        if synthetic is not None:
+            photos = find_photos(synthetic)
+            share = train.synthetic_share
+            source = MixedCrops([(source, 1 - share), (_synthetic(photos, task, train, cache), share)], seed)
+            about += f", and a share of {share:g} synthetic {task} on {len(photos)} clean photos of {synthetic.name}"
+        unseen = _validation(task, validation, train, cache) or PairCrops(
+            held_out_pairs, crop, seed + 1, augment="none", cache=cache, check=bool(held_out_pairs)
+        )
+    count = min(train.validation_images, len(getattr(unseen, "pairs", getattr(unseen, "photos", []))))
+    return Source(source, [unseen[i] for i in range(count)], about)
+
+
+def hold_out(items: Sequence, count: int) -> tuple[list, list]:
+    """(kept, held out): every tenth item, at least one and at most `count`. A single item is kept and held out both."""
+    if count == 0:
+        return list(items), []
+    if len(items) == 1:
+        return list(items), list(items)
+    held_out = list(items[::10])[:count]
+    taken = set(held_out)
+    return [item for item in items if item not in taken], held_out
+
+
+def _validation(
+    task: str, folder: Path | None, train: TrainConfig, cache: PictureCache
+) -> PairCrops | SyntheticCrops | None:
+    if folder is None:
+        return None
+    pairs = _pairs_or_none(task, folder, "test", None)
+    if pairs is not None:
+        return PairCrops(pairs, train.crop, train.seed + 1, augment="none", cache=cache)
+    return SyntheticCrops(find_photos(folder), task, train.crop, train.seed + 1, strength=train.strength, augment="none", cache=cache)
+
+
+def _synthetic(photos: list[Path], task: str, train: TrainConfig, cache: PictureCache) -> SyntheticCrops:
+    return SyntheticCrops(
+        photos, task, train.crop, train.seed, strength=train.strength, augment="all", rotate45=train.rotate45, cache=cache
+    )
+
+
+def _augment(task: str) -> Augment:
+    """Rain and snow fall: turning a real pair on its side would make a picture that does not occur."""
+    return "flip" if task in ("derain", "rainhaze", "desnow", "raindrop") else "all"
+
+
+def _pairs_or_none(task: str, root: Path, split: str, split_file: Path | None) -> list[tuple[Path, Path]] | None:
+    """The pairs under `root`, or None when it holds no layout of pairs but pictures."""
+    try:
+        return find_pairs(task, root, split, split_file).pairs
+    except UserError as error:
+        if split_file is None and "no pairs for" in str(error):
+            return None
+        raise
