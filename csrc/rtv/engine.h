@@ -92,7 +92,9 @@ private:
         for (int iteration = 0; iteration < options.iterations; ++iteration) {
             weights(me, sigma);
             factor(me);
-            solve(me);
+            if (options.solver == Solver::direct) solve_directly(me);
+            else if (options.mode == Mode::matlab_pcg) solve_early_stopped(me);
+            else solve(me);
             unpack(me);
             sigma = std::max(sigma / 2, 0.5);
         }
@@ -335,6 +337,108 @@ private:
             correct(me, alpha);
         }
         if (me.number == 0) reports.push_back({iterations, residual});
+        team.barrier();
+    }
+
+    // The authors' setting: from zero, each channel stopped as soon as |b - A x| <= 0.1 |b| (at most 100 iterations).
+    void solve_early_stopped(Member& me) {
+        constexpr double tol = 0.1;
+        constexpr int most_iterations = 100;
+        for (int band = me.number; band < bands; band += team.size())
+            std::memset(static_cast<void*>(x + at(band, 0) * C), 0, sizeof(Real) * steps * C * V);
+        team.barrier();
+        residuals(me);
+        double rr[C], bb[C], alpha[C] = {}, beta[C] = {}, relative[C] = {};
+        bool done[C];
+        unpreconditioned(me, alpha, bb);
+        for (int c = 0; c < C; ++c) done[c] = !(bb[c] > 0);
+        int iterations = 0;
+        while (iterations < most_iterations && !std::all_of(done, done + C, [](bool d) { return d; })) {
+            if (iterations == 0) backward<true>(me, alpha, beta);
+            else backward<false>(me, alpha, beta);
+            total(2, rr);
+            forward(me);
+            ++iterations;
+            double pq[C], rq[C], qq[C];
+            total(3, pq);
+            total(4, rq);
+            total(5, qq);
+            for (int c = 0; c < C; ++c) {
+                alpha[c] = beta[c] = 0;
+                if (done[c] || !(rr[c] > 0) || !(pq[c] > 0)) continue;
+                alpha[c] = rr[c] / pq[c];
+                beta[c] = std::max(0.0, 1 - 2 * alpha[c] * rq[c] / rr[c] + alpha[c] * alpha[c] * qq[c] / rr[c]);
+            }
+            double norm[C];
+            unpreconditioned(me, alpha, norm);
+            for (int c = 0; c < C; ++c) {
+                if (done[c]) continue;
+                relative[c] = std::sqrt(norm[c] / bb[c]);
+                done[c] = !(relative[c] > tol);
+            }
+        }
+        if (iterations > 0) correct(me, alpha);
+        if (me.number == 0) reports.push_back({iterations, *std::max_element(relative, relative + C)});
+        team.barrier();
+    }
+
+    // |K (r - alpha q)|^2 = |b - A x|^2, which the preconditioned recurrences do not have.
+    void unpreconditioned(Member& me, const double* alpha, double* sums) {
+        const bool moved = std::any_of(alpha, alpha + C, [](double a) { return a != 0; });
+        const auto value = [&](size_t i, int c) {
+            const vec here = load(r + i * C + c * V);
+            return moved ? here - Real(alpha[c]) * load(q + i * C + c * V) : here;
+        };
+        for (int band = me.number; band < bands; band += team.size()) {
+            vec last[C] = {}, es_west{}, ss_last{}, sum[C] = {};
+            for (int k = 0; k < steps; ++k) {
+                const size_t i = at(band, k);
+                const bool has_north = band > 0 && k + V - 1 < steps;
+                const size_t north = has_north ? at(band - 1, k + V - 1) : 0;
+                const vec ss_north = from_north(ss_last, has_north ? load(ss + north) : vec{});
+                const vec scale = load(isq + i);
+                for (int c = 0; c < C; ++c) {
+                    const vec here = value(i, c);
+                    const vec above = from_north(last[c], has_north ? value(north, c) : vec{});
+                    const vec residual = (here - es_west * last[c] - ss_north * above) / scale;
+                    sum[c] += residual * residual;
+                    last[c] = here;
+                }
+                es_west = load(es + i);
+                ss_last = load(ss + i);
+            }
+            for (int c = 0; c < C; ++c) partial[(0 * size_t(bands) + band) * C + c] = lanes(sum[c]);
+        }
+        team.barrier();
+        total(0, sums);
+        team.barrier();
+    }
+
+    void solve_directly(Member& me) {
+        if (me.number == 0) {
+            const size_t count = size_t(H) * W;
+            std::vector<double> east(count), south(count), values(count * C);
+            for (int h = 0; h < H; ++h)
+                for (int w = 0; w < W; ++w) {
+                    const size_t pixel = size_t(h) * W + w, i = at(h / V, w + h % V);
+                    east[pixel] = e[i + h % V];
+                    south[pixel] = s[i + h % V];
+                    for (int c = 0; c < C; ++c) values[c * count + pixel] = b[i * C + c * V + h % V];
+                }
+            solve_direct(east, south, H, W, C, values);
+            for (int h = 0; h < H; ++h)
+                for (int w = 0; w < W; ++w)
+                    for (int c = 0; c < C; ++c)
+                        x[at(h / V, w + h % V) * C + c * V + h % V] = Real(values[c * count + size_t(h) * W + w]);
+        }
+        team.barrier();
+        residuals(me);
+        double rr[C], bb[C], residual = 0;
+        total(0, rr);
+        total(1, bb);
+        for (int c = 0; c < C; ++c)
+            if (rr[c] > 0) residual = std::max(residual, std::sqrt(rr[c] / bb[c]));
+        if (me.number == 0) reports.push_back({0, residual});
         team.barrier();
     }
 

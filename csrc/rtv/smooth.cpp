@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "direct.h"
 #include "team.h"
 
 #if defined(__x86_64__)
