@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dtpm_fast.data.layouts import SPLITS, scan_pairs
+from dtpm_fast.data.layouts import SPLITS, Pair, Scan, scan_pairs
 from dtpm_fast.data.pictures import different_sizes, find_photos
 from dtpm_fast.errors import UserError
 from dtpm_fast.images import read_image
@@ -44,6 +44,7 @@ def check_folder(task: str, root: Path | str, split: str | None = None, split_fi
     """
     root = Path(root)
     report = Report()
+    scans: dict[tuple[Pair, ...], tuple[list[str], Scan]] = {}  # without split folders, every split is the whole
     for each in SPLITS if split is None else (split,):
         try:
             scan = scan_pairs(task, root, each, split_file)
@@ -52,17 +53,20 @@ def check_folder(task: str, root: Path | str, split: str | None = None, split_fi
                 raise
             reason = error
             continue
+        scans.setdefault(tuple(scan.pairs), ([], scan))[0].append(each)
         report.problems += [problem for problem in scan.problems if problem not in report.problems]
-        if not scan.pairs and not scan.problems:
+    for pairs, (names, scan) in scans.items():
+        if not pairs:
             continue
-        sizes = _sizes([path for pair in scan.pairs for path in pair], report.problems)
+        sizes = _sizes([path for pair in pairs for path in pair], report.problems)
         report.problems += [
             different_sizes(degraded, sizes[degraded][::-1], target, sizes[target][::-1])
-            for degraded, target in scan.pairs
+            for degraded, target in pairs
             if degraded in sizes and target in sizes and sizes[degraded] != sizes[target]
         ]
-        summary = _summary([sizes[pair[0]] for pair in scan.pairs if pair[0] in sizes])
-        report.lines.append(f"{each}: {len(scan.pairs)} pairs, layout {scan.layout}{summary}")
+        summary = _summary([sizes[pair[0]] for pair in pairs if pair[0] in sizes])
+        name = names[0] if len(names) == 1 or split_file is not None else "not split"
+        report.lines.append(f"{name}: {len(pairs)} pairs, layout {scan.layout}{summary}")
     if report.lines or report.problems:
         return report
     if not root.is_dir():

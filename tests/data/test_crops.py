@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from dtpm_fast.data.crops import (
@@ -93,7 +94,7 @@ def test_negative_index_is_refused(photos: Path) -> None:
         PhotoCrops(photos, CROP)[-1]
 
 
-def test_crops_come_from_the_photo_and_reach_all_of_it(tmp_path: Path) -> None:
+def test_crops_come_from_the_photo_and_reach_all_of_it() -> None:
     rng = np.random.default_rng(0)
     photo = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)
     seen = set()
@@ -156,8 +157,6 @@ def test_smoothed_ahead_is_cut_from_the_same_place(photos: Path, tmp_path: Path)
     for path in photos.rglob("*.*"):
         target = (smoothed / path.relative_to(photos)).with_suffix(".png")
         target.parent.mkdir(parents=True, exist_ok=True)
-        from PIL import Image
-
         Image.fromarray(255 - read_image(path)).save(target)
     dataset = SmoothedCrops(photos, CROP, 0, smoothed=smoothed)
     for index in range(10):
@@ -219,7 +218,7 @@ def test_mixed_sources_come_by_weight() -> None:
     assert all(int(mixed[index][1]) == index for index in range(5))
 
 
-def test_mixed_choice_is_independent_of_the_sources_own_draws(photos: Path) -> None:
+def test_mixed_choice_is_independent_of_the_sources_own_draws() -> None:
     """The first number that a source draws must not decide whether it is chosen."""
     mixed = MixedCrops([(Constant(0), 1.0), (Constant(1), 1.0)], seed=0)
     own = np.array([sample_rng(0, index).random() for index in range(1500)])
@@ -245,8 +244,7 @@ def test_broken_pictures_stop_before_training(photos: Path, tmp_path: Path, pict
         PairCrops(pairs, CROP)
     unchecked = PairCrops(pairs, CROP, check=False)
     with pytest.raises(UserError, match=r"1\.png: 31x21"):
-        for index in range(50):
-            unchecked[index]
+        [unchecked[index] for index in range(50)]
 
 
 def test_bad_arguments(photos: Path, tmp_path: Path) -> None:

@@ -30,27 +30,37 @@ def test_other_files_are_no_pictures(miniature: Miniature, tmp_path: Path) -> No
     assert find_pairs(miniature.task, tmp_path, miniature.split).pairs == sorted(expected)
 
 
-def test_missing_target_is_named(miniature: Miniature, tmp_path: Path) -> None:
+BY_NAME = [name for name in MINIATURES if name != "dpdd_original"]
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_missing_target_is_named(name: str, tmp_path: Path) -> None:
+    miniature = MINIATURES[name]
     degraded, target = miniature.write(tmp_path)[-1]
-    if miniature.layout == "DPDD" and "_c" in str(degraded):
-        pytest.skip("without shared names the lists correspond by order: see the test of their lengths")
-    target.unlink()
-    if not any(target.parent.iterdir()):
-        (target.parent / "other.png").write_bytes(degraded.read_bytes())
-    with pytest.raises(UserError, match=f"{degraded.name}.*no partner"):
+    target.rename(target.with_name("other" + target.suffix))
+    with pytest.raises(UserError, match=f"{degraded.name}: no partner, .* has no picture named {target.stem}"):
         find_pairs(miniature.task, tmp_path, miniature.split)
 
 
-def test_missing_degraded_picture_is_named(miniature: Miniature, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", BY_NAME)
+def test_missing_degraded_picture_is_named(name: str, tmp_path: Path) -> None:
+    miniature = MINIATURES[name]
     expected = miniature.write(tmp_path)
     extra = expected[0][1].with_name("extra" + expected[0][1].suffix)
     shutil.copy(expected[0][1], extra)
     scan = scan_pairs(miniature.task, tmp_path, miniature.split)
-    if miniature.layout == "DPDD" and "_c" in str(extra):  # other lengths: no more by order
-        assert len(scan.problems) == 2 + 3
-    else:
-        assert scan.problems == [f"{extra}: no partner, no picture in {expected[0][0].parent} belongs to it"]
-        assert scan.pairs == sorted(expected)
+    assert scan.problems == [f"{extra}: no partner, no picture in {expected[0][0].parent} belongs to it"]
+    assert scan.pairs == sorted(expected)
+
+
+def test_pairs_by_order_need_lists_of_one_length(tmp_path: Path) -> None:
+    """The original DPDD numbers its shots, so that no name is shared."""
+    miniature = MINIATURES["dpdd_original"]
+    _, target = miniature.write(tmp_path)[0]
+    target.unlink()
+    scan = scan_pairs(miniature.task, tmp_path, miniature.split)
+    assert not scan.pairs
+    assert len(scan.problems) == 2 + 1
 
 
 def test_wrong_name_lists_both_sides(tmp_path: Path, picture: Callable[..., Path]) -> None:

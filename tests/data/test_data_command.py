@@ -1,0 +1,149 @@
+"""`python -m dtpm_fast.data check` and `sheet`."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from miniatures import MINIATURES, Miniature, write_picture
+from PIL import Image
+
+from dtpm_fast.data.check import check_folder
+from dtpm_fast.data.command import main
+from dtpm_fast.errors import UserError
+
+
+def check(task: str, folder: Path, *options: str) -> int:
+    return main(["check", "--task", task, str(folder), *options])
+
+
+def test_good_sets_of_every_layout(miniature: Miniature, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = miniature.write(tmp_path)
+    assert check(miniature.task, tmp_path, "--split", miniature.split) == 0
+    printed = capsys.readouterr().out
+    assert f"{miniature.split}: {len(expected)} pairs, layout {miniature.layout}" in printed
+    assert f"({len(expected)} of 24x16)" in printed
+    assert "no problems" in printed
+
+
+def test_sizes_that_differ(miniature: Miniature, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    degraded, target = miniature.write(tmp_path)[-1]
+    write_picture(degraded, 25, 16)
+    assert check(miniature.task, tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert "1 problem:" in printed
+    assert f"{degraded}: 25x16 pixels, but its target {target} has 24x16" in printed
+
+
+def test_corrupt_files(miniature: Miniature, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = miniature.write(tmp_path)
+    truncated, text = pairs[0][0], pairs[-1][1]
+    truncated.write_bytes(truncated.read_bytes()[:-60])
+    text.write_text("no picture")
+    assert check(miniature.task, tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert f"  {truncated}: not a readable picture" in printed
+    assert f"  {text}: not a readable picture" in printed
+    assert "2 problems:" in printed
+
+
+def test_missing_partner(miniature: Miniature, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    degraded, target = miniature.write(tmp_path)[0]
+    (target.parent / f"{degraded.stem}.png").write_bytes(target.read_bytes())  # names shared in part: no more by order
+    target.with_name("stray.png").write_bytes(target.read_bytes())
+    if degraded.stem != target.stem:
+        target.unlink()
+    assert check(miniature.task, tmp_path) == 1
+    assert "stray.png: no partner" in capsys.readouterr().out
+
+
+def test_a_set_without_split_folders_is_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    MINIATURES["generic_flat"].write(tmp_path)
+    assert check("derain", tmp_path) == 0
+    assert capsys.readouterr().out.startswith("not split: 2 pairs, layout input+target")
+
+
+def test_every_split_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, count in (("train", 3), ("test", 2)):
+        for index in range(count):
+            for side in ("input", "target"):
+                write_picture(tmp_path / split / side / f"{index}.png", 20 + index, 16)
+    assert check("deblur", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "train: 3 pairs" in printed
+    assert "test: 2 pairs" in printed
+
+
+def test_many_problems_are_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_picture(tmp_path / "target/ok.png")
+    write_picture(tmp_path / "input/ok.png")
+    for index in range(12):
+        write_picture(tmp_path / f"input/{index:02d}.png")
+    assert check("derain", tmp_path, "--show", "3") == 1
+    printed = capsys.readouterr().out
+    assert "12 problems:" in printed
+    assert "and 9 more" in printed
+    assert printed.count("no partner") == 3
+
+
+def test_clean_photos_alone(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("dehaze", photos) == 0
+    assert "5 clean photos, no pairs" in capsys.readouterr().out
+    (photos / "a.png").write_bytes(b"")
+    assert check("dehaze", photos) == 1
+    assert "a.png: not a readable picture" in capsys.readouterr().out
+
+
+def test_half_a_set_is_not_taken_for_clean_photos(tmp_path: Path, picture: Callable[..., Path]) -> None:
+    picture(tmp_path / "train/input/a.png")
+    with pytest.raises(UserError, match="no pairs for derain"):
+        check_folder("derain", tmp_path)
+
+
+def test_failures_are_one_line_and_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("deblur", tmp_path / "nowhere") == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/nowhere: no such folder\n"
+    assert check("deblur", tmp_path) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_bad_usage_is_exit_code_2(tmp_path: Path) -> None:
+    for arguments in (["check", str(tmp_path)], ["check", "--task", "denoise", str(tmp_path)], [], ["sheet"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+
+
+def test_split_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    miniature = MINIATURES["generic"]
+    miniature.write(tmp_path)
+    (tmp_path / "split.csv").write_text("name,split\n1.webp,train\n2.webp,test\n")
+    assert check("derain", tmp_path, "--split-file", str(tmp_path / "split.csv")) == 0
+    printed = capsys.readouterr().out
+    assert "train: 1 pairs" in printed
+    assert "test: 1 pairs" in printed
+
+
+def test_sheet_of_own_photos(photos: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.png", tmp_path / "b.png"
+    for target in (first, second):
+        assert main(["sheet", str(photos / "a.png"), str(photos / "c.webp"), "-o", str(target)]) == 0
+    assert first.read_bytes() == second.read_bytes()
+    with Image.open(first) as sheet:
+        assert sheet.width > 1000
+
+
+def test_sheet_refuses_what_it_cannot_write(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sheet", str(photos / "a.png"), "-o", str(tmp_path / "sheet.gif")]) == 1
+    assert "unknown picture format" in capsys.readouterr().err
+    assert main(["sheet", str(tmp_path / "none.png"), "-o", str(tmp_path / "sheet.jpg")]) == 1
+    assert "none.png: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "sheet.jpg").exists()
+
+
+def test_module_runs() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "dtpm_fast.data", "check", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "python -m dtpm_fast.data check --task deblur GoPro" in shown.stdout
