@@ -18,14 +18,14 @@ def defocus(image: np.ndarray, rng: np.random.Generator, strength: float = 1.0) 
     blades = int(rng.choice([0, 0, 5, 6, 7, 8]))  # 0 is a disc
     turn = rng.uniform(0, 2 * np.pi)
     largest = rng.uniform(2.5, REACH) * strength
-    radius = largest * confusion(image.shape[0], image.shape[1], rng)
+    radius = np.float32(largest) * confusion(image.shape[0], image.shape[1], rng)
     if strength == 0:
         return image.copy()
     light = to_linear(image)
     side = int(np.ceil(largest)) + 1
     radii = np.linspace(0, largest, _LEVELS)
     levels = [light, *blur(light, [opening_kernel(each, side, blades, turn) for each in radii[1:]])]
-    place = np.clip(radius / largest * (_LEVELS - 1), 0, _LEVELS - 1)
+    place = np.clip(radius / np.float32(largest) * (_LEVELS - 1), 0, _LEVELS - 1)
     result = np.zeros_like(light)
     for level, blurred in enumerate(levels):
         result += blurred * np.maximum(1 - np.abs(place - level), 0)[..., None]

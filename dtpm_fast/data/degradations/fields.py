@@ -38,21 +38,21 @@ def grainy_noise(
 ) -> np.ndarray:
     """HxW Gaussian noise of standard deviation about 1, smoothed over `along` x `across` pixels (standard deviations),
     `angle` from the vertical. Periodic."""
-    down, right = frequencies
-    parallel, perpendicular = down * np.cos(angle) + right * np.sin(angle), right * np.cos(angle) - down * np.sin(angle)
-    smoothing = np.exp(-2 * np.pi**2 * ((parallel * along) ** 2 + (perpendicular * across) ** 2))
+    parallel, perpendicular = _turned(frequencies, angle)
+    smoothing = np.exp(-2 * np.pi**2 * ((parallel * float(along)) ** 2 + (perpendicular * float(across)) ** 2))
     white = rng.standard_normal(shape, dtype=np.float32)
     smooth = np.fft.irfft2(np.fft.rfft2(white) * smoothing, s=shape)
-    return smooth * np.sqrt(4 * np.pi * along * across)  # what the smoothing takes from the standard deviation
+    return smooth * float(np.sqrt(4 * np.pi * along * across))  # what the smoothing takes from the standard deviation
 
 
 def scattered_drops(height: int, width: int, rng: np.random.Generator, per_pixel: float, spread: float) -> np.ndarray:
-    """HxW of impulses at random places, `per_pixel` on average, gamma-distributed with mean 1 and shape `spread`.
+    """HxW float32 of impulses at random places, `per_pixel` on average, gamma-distributed with mean 1 and the shape
+    `spread`.
 
     From equal generators, a larger `per_pixel` gives the same drops and more."""
     places = np.random.default_rng(rng.integers(2**63))  # apart from the sizes: more drops keep the first ones
     count = int(per_pixel * height * width + rng.random())
-    drops = np.zeros((height, width))
+    drops = np.zeros((height, width), dtype=np.float32)
     np.add.at(drops.reshape(-1), places.integers(height * width, size=count), rng.gamma(spread, 1 / spread, count))
     return drops
 
@@ -66,26 +66,33 @@ def line_spectrum(frequencies: Frequencies, length: float, thickness: float, ang
     """Fourier transform of a line of sum 1: `length` pixels long with soft ends, Gaussian of standard deviation
     `thickness` across, `angle` (radians) from the vertical, averaged over the pixels' area."""
     down, right = frequencies
-    along = down * np.cos(angle) + right * np.sin(angle)
-    across = right * np.cos(angle) - down * np.sin(angle)
+    along, across = _turned(frequencies, angle)
     fading = 0.07 * length
-    profile = np.exp(-2 * np.pi**2 * ((across * thickness) ** 2 + (along * fading) ** 2))
-    return np.sinc(down) * np.sinc(right) * np.sinc(along * 0.85 * length) * profile
+    profile = np.exp(-2 * np.pi**2 * ((across * float(thickness)) ** 2 + (along * float(fading)) ** 2))
+    return np.sinc(down) * np.sinc(right) * np.sinc(along * float(0.85 * length)) * profile
+
+
+def _turned(frequencies: Frequencies, angle: float) -> Frequencies:
+    """The frequencies along and across a direction, `angle` from the vertical. Python's numbers keep them float32."""
+    down, right = frequencies
+    cosine, sine = float(np.cos(angle)), float(np.sin(angle))
+    return down * cosine + right * sine, right * cosine - down * sine
 
 
 def blur(image: np.ndarray, kernels: list[np.ndarray]) -> list[np.ndarray]:
     """The HxWxC image convolved with each kernel (odd sides, all of one size), reflected beyond its edges."""
     reach = kernels[0].shape[0] // 2
     height, width = image.shape[:2]
-    padded = np.pad(image, [(reach, reach), (reach, reach), (0, 0)], mode="reflect")
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+    padded = np.pad(planes, [(0, 0), (reach, reach), (reach, reach)], mode="reflect")
     shape = _fast_length(height + 2 * reach), _fast_length(width + 2 * reach)
-    spectrum = np.fft.rfft2(padded, shape, axes=(0, 1))
+    spectrum = np.fft.rfft2(padded, shape)
     blurred = []
     for kernel in kernels:
         # The kernel's corner at the origin moves the result by `reach`: the picture starts at 2 * reach.
-        product = spectrum * np.fft.rfft2(kernel.astype(np.float32), shape)[..., None]
-        full = np.fft.irfft2(product, shape, axes=(0, 1))
-        blurred.append(full[2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width].astype(np.float32))
+        full = np.fft.irfft2(spectrum * np.fft.rfft2(kernel.astype(np.float32), shape), shape)
+        inside = full[:, 2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width]
+        blurred.append(np.ascontiguousarray(inside.transpose(1, 2, 0), dtype=np.float32))
     return blurred
 
 

@@ -23,7 +23,8 @@ def motion_blur(image: np.ndarray, rng: np.random.Generator, strength: float = 1
     if strength == 0:
         return image.copy()
     light = to_linear(image)
-    light = light * (1 + excess * np.clip((light.min(axis=2, keepdims=True) - 0.9) * 10, 0, 1))
+    white = np.minimum(np.minimum(light[..., 0], light[..., 1]), light[..., 2])[..., None]
+    light = light * (1 + np.float32(excess) * np.clip((white - 0.9) * 10, 0, 1))
     side = int(np.ceil(REACH * strength))
     camera, own = (path_kernel(path * extent * strength, side) for path, extent in zip(paths, extents, strict=True))
     if not own_motion:

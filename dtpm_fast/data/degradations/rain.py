@@ -88,7 +88,7 @@ def rain_streaks(height: int, width: int, rng: np.random.Generator, strength: fl
         layer_angle = angle + np.deg2rad(layer.normal(0, 1.2))
         drops_per_pixel = coverage * share * strength / (2.5 * layer_thickness * layer_length)
         drops = scattered_drops(height, width, layer, drops_per_pixel, kind.spread)
-        drops *= brightness * nearness**0.5 * np.sqrt(2 * np.pi) * layer_thickness * layer_length
+        drops *= np.float32(brightness * nearness**0.5 * np.sqrt(2 * np.pi) * layer_thickness * layer_length)
         spectrum += np.fft.rfft2(drops) * line_spectrum(frequencies, layer_length, layer_thickness, layer_angle)
     # The threshold removes the faint ripples that a thin line has on a pixel grid.
     field = np.maximum(np.fft.irfft2(spectrum, s=(height, width)) - 0.01, 0) * np.sqrt(strength)

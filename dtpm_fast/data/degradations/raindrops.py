@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from dtpm_fast.data.degradations.fields import blur
 from dtpm_fast.data.degradations.light import to_linear, to_srgb
 
 _DROPS_PER_PIXEL = 40 / 256**2
@@ -80,11 +79,13 @@ def _sample(light: np.ndarray, rows: np.ndarray, columns: np.ndarray, blur_side:
     """The light at the given places, averaged over a square (what shrinks is averaged, and out of focus), mirrored
     beyond the picture's edges."""
     height, width = light.shape[:2]
-    side = min(2 * blur_side + 1, 2 * (min(height, width) - 1) + 1)
-    averaged = blur(light, [np.full((side, side), 1 / side**2, dtype=np.float32)])[0] if side > 1 else light
+    reach = min(blur_side, height - 1, width - 1)
+    planes = torch.from_numpy(light.transpose(2, 0, 1).copy())[None]
+    padded = functional.pad(planes, (reach, reach, reach, reach), mode="reflect")
+    averaged = functional.avg_pool2d(functional.avg_pool2d(padded, (1, 2 * reach + 1), 1), (2 * reach + 1, 1), 1)
     grid = np.stack([columns * 2 / max(width - 1, 1) - 1, rows * 2 / max(height - 1, 1) - 1], axis=-1)
     sampled = functional.grid_sample(
-        torch.from_numpy(averaged.transpose(2, 0, 1).copy())[None],
+        averaged,
         torch.from_numpy(grid.astype(np.float32))[None],
         padding_mode="reflection",
         align_corners=True,

@@ -34,12 +34,13 @@ def snow(image: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> 
         length = max(speed * radius, 0.5)
         fall = angle + np.deg2rad(layer.normal(0, 5))
         area = 2 * np.pi * radius**2 + 2.5 * radius * length
-        flakes = scattered_drops(height, width, layer, strength * cover / area, 2.0)
-        spectrum = np.fft.rfft2(flakes * opacity * area) * line_spectrum(frequencies, length, radius, fall)
-        spectrum = spectrum * np.exp(-2 * np.pi**2 * (frequencies[0] ** 2 + frequencies[1] ** 2) * radius**2 / 2)
+        flakes = scattered_drops(height, width, layer, strength * cover / area, 2.0) * np.float32(opacity * area)
+        spectrum = np.fft.rfft2(flakes) * line_spectrum(frequencies, length, radius, fall)
+        spectrum *= np.exp(-(np.pi**2) * float(radius) ** 2 * (frequencies[0] ** 2 + frequencies[1] ** 2))  # round ends
         field = np.maximum(np.fft.irfft2(spectrum, s=(height, width)) - 0.02, 0)
-        ragged = grainy_noise(frequencies, layer, (height, width), 0.8 * radius, 0.8 * radius)
-        field *= np.clip(1 + 0.5 * ragged, 0, 2)
+        if radius > 0.9:  # a flake of a pixel has no outline
+            ragged = grainy_noise(frequencies, layer, (height, width), 0.8 * radius, 0.8 * radius)
+            field *= np.clip(1 + 0.5 * ragged, 0, 2)
         opaque = (1 - np.exp(-2 * field)).astype(np.float32)[..., None]
-        light = light * (1 - opaque) + colour * opaque
+        light += (colour - light) * opaque
     return to_srgb(light)
