@@ -1,19 +1,26 @@
-"""`python -m dtpm_fast.data check | sheet`."""
+"""`python -m dtpm_fast.data check | sheet | measure`."""
 
 import argparse
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from dtpm_fast.commands.run import run
 from dtpm_fast.data.check import check_folder
-from dtpm_fast.data.layouts import SPLITS
+from dtpm_fast.data.crops import SyntheticCrops
+from dtpm_fast.data.layouts import SPLITS, find_pairs
+from dtpm_fast.data.residuals import quantile_table, residual_statistics
 from dtpm_fast.data.sheet import write_sheet
+from dtpm_fast.images import read_image
 from dtpm_fast.tasks import TASKS
 
 EXAMPLE = """examples:
   python -m dtpm_fast.data check --task deblur GoPro
   python -m dtpm_fast.data check --task derain rain100L --split train --split-file split.csv
-  python -m dtpm_fast.data sheet -o degradations.jpg"""
+  python -m dtpm_fast.data sheet -o degradations.jpg
+  python -m dtpm_fast.data measure --task derain --photos photos --pairs rain100L --split test"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,14 +52,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sheet.add_argument("photos", nargs="*", type=Path, metavar="PHOTO", help="default: scikit-image's sample photos")
     sheet.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="a .jpg or .png")
     sheet.add_argument("--seed", type=int, default=0)
+    measure = commands.add_parser(
+        "measure",
+        help="hold a synthetic degradation against the pairs of a data set, in numbers",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    measure.add_argument("--task", required=True, choices=list(TASKS))
+    measure.add_argument("--photos", type=Path, required=True, metavar="DIR", help="clean photos to degrade")
+    measure.add_argument("--pairs", type=Path, metavar="DIR", help="pairs to compare with")
+    measure.add_argument("--split", choices=SPLITS, default="train")
+    measure.add_argument("--split-file", type=Path)
+    measure.add_argument("--strength", type=float, default=1.0)
+    measure.add_argument("--count", type=int, default=100, metavar="N", help="synthetic pictures (default: 100)")
+    measure.add_argument("--crop", type=int, default=320, help="their side in pixels (default: 320)")
+    measure.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
 
     def work() -> int:
         if options.command == "sheet":
             write_sheet(options.output, options.photos, options.seed)
             return 0
+        if options.command == "measure":
+            print(compare(options))
+            return 0
         report = check_folder(options.task, options.folder, options.split, options.split_file)
         print(report.text(options.show))
         return 1 if report.problems else 0
 
     return run(work)
+
+
+def compare(options: argparse.Namespace) -> str:
+    """The table of `measure`, and the time that a crop takes."""
+    crops = SyntheticCrops(
+        options.photos, options.task, options.crop, options.seed, strength=options.strength, augment="none"
+    )
+    synthetic = []
+    for index in tqdm(range(options.count), desc="synthetic", leave=False, disable=None):
+        degraded, clean = (((tensor + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for tensor in crops[index])
+        synthetic.append(residual_statistics(degraded, clean))
+    columns = [("synthetic", synthetic)]
+    if options.pairs is not None:
+        found = find_pairs(options.task, options.pairs, options.split, options.split_file)
+        real = [
+            residual_statistics(read_image(degraded), read_image(clean))
+            for degraded, clean in tqdm(found.pairs, desc="pairs", leave=False, disable=None)
+        ]
+        columns.append((options.pairs.name, real))
+    table = quantile_table(columns)
+    started = time.process_time()
+    for index in range(20):
+        crops[index]
+    milliseconds = (time.process_time() - started) / 20 * 1000
+    return f"{table}\n\n{milliseconds:.1f} ms of processor time for one {options.crop}x{options.crop} sample"
