@@ -15,15 +15,15 @@ class Engine {
 public:
     Engine(Real* planes, int height, int width, const Parameters& parameters, Team& team)
         : planes(planes), H(height), W(width), bands((height + V - 1) / V), steps(width + V - 1), row(steps + 2 * V),
-          options(parameters), team(team), progress(size_t(bands)), partial(size_t(bands) * 6 * C) {
+          options(parameters), team(team), progress(size_t(bands)), partial(size_t(bands) * 5 * C) {
         const size_t plane = (size_t(bands) * steps + 2) * V;  // a guard step on either side
         const size_t edges = (size_t(bands) + 2) * C * row;
-        const size_t total = 7 * C * plane + 6 * plane + 3 * edges;
+        const size_t total = 6 * C * plane + 6 * plane + 3 * edges;
         memory.reset(static_cast<Real*>(std::aligned_alloc(64, (total * sizeof(Real) + 63) / 64 * 64)));
         if (!memory) throw std::bad_alloc();
         std::memset(static_cast<void*>(memory.get()), 0, total * sizeof(Real));
         Real* next = memory.get();
-        for (Real** field : {&b, &x, &r, &p, &q, &t, &y}) *field = next + C * V, next += C * plane;
+        for (Real** field : {&b, &x, &r, &p, &u, &w}) *field = next + C * V, next += C * plane;
         for (Real** field : {&e, &s, &es, &ss, &dm, &isq}) *field = next + V, next += plane;
         down = next, next += edges;
         down_b = next, next += edges;
@@ -52,7 +52,8 @@ private:
     std::vector<SolveReport> reports;
     bool failed = false;
     Real *b, *x;              // right-hand side and solution
-    Real *r, *p, *q, *t, *y;  // conjugate gradients, in the variables of Eisenstat's form
+    Real *r, *p, *u;          // conjugate gradients in Eisenstat's variables: residual, direction, sum of alpha p
+    Real* w;                  // t = K^-T p after a backward sweep, q = K^-1 A K^-T p after a forward sweep
     Real *e, *s;              // weights of the edges to the east and to the south, times lambda/2
     Real *es, *ss, *dm;       // the same edges and the diagonal minus 2, scaled by MIC(0)'s pivots from both sides
     Real* isq;                // 1 / sqrt(pivot)
@@ -157,7 +158,7 @@ private:
 
     // ---- the weights of one iteration -----------------------------------------------------------------------------
 
-    // From x in `planes`: e and s, lambda/2 included. Blurred rows lie in p, q and t, which are free meanwhile.
+    // From x in `planes`: e and s, lambda/2 included. Blurred rows lie in p and u, which are free meanwhile.
     void weights(const Member& me, double sigma) {
         const int radius = (int(std::floor(5 * sigma + 0.5)) | 1) / 2;
         std::vector<Real> taps(2 * radius + 1);
@@ -167,7 +168,7 @@ private:
             taps[i + radius] = Real(std::exp(-0.5 * i * i / (sigma * sigma)) / sum);
 
         Real* const across = p;
-        Real* const blurred = q;
+        Real* const blurred = u;
         for (int line = me.number; line < C * H; line += team.size()) {
             const Real* from = planes + size_t(line) * W;
             Real* to = across + size_t(line) * W;
@@ -284,6 +285,16 @@ private:
         }
     }
 
+    // Where a round of conjugate gradients stands.
+    struct Step {
+        int count = 0;         // iterations done
+        double alpha[C]{};     // of the last one
+        double beta[C]{};      // for the next one
+        double gamma[C]{};     // alpha / beta of the one before the last while that is pending, else 0
+        bool pending = false;  // `gamma` holds something
+        bool summed = false;   // u holds something
+    };
+
     // Rounds of conjugate gradients, each on the true residual of the last: float32 recurrences drift from it.
     void solve(Member& me) {
         constexpr int most_rounds = 12, most_iterations = 500;
@@ -306,35 +317,12 @@ private:
                 failed = true;
                 break;
             }
-            double alpha[C] = {}, beta[C] = {};
-            const int before = iterations;
-            for (;;) {
-                bool finished = true;
-                for (int c = 0; c < C; ++c) finished = finished && rr[c] <= goal[c];
-                if (finished || iterations >= most_iterations) break;
-                if (iterations == before) backward<true>(me, alpha, beta);
-                else backward<false>(me, alpha, beta);
-                total(2, rr);  // now, before a faster member can overwrite it
-                forward(me);
+            Step step;
+            while (iterations < most_iterations && !std::equal(rr, rr + C, goal, std::less_equal<double>())) {
+                iterate(me, step, rr);
                 ++iterations;
-                double pq[C], rq[C], qq[C];
-                total(3, pq);
-                total(4, rq);
-                total(5, qq);
-                for (int c = 0; c < C; ++c) {
-                    alpha[c] = beta[c] = 0;
-                    if (!(rr[c] > 0) || !(pq[c] > 0)) {  // this channel has nothing left
-                        rr[c] = 0;
-                        continue;
-                    }
-                    alpha[c] = rr[c] / pq[c];
-                    // |r - alpha q|^2 foretold, for beta; the next sweep sums the real one, for alpha.
-                    const double next = std::max(0.0, rr[c] - 2 * alpha[c] * rq[c] + alpha[c] * alpha[c] * qq[c]);
-                    beta[c] = next / rr[c];
-                    rr[c] = next;
-                }
             }
-            correct(me, alpha);
+            correct(me, step);
         }
         if (me.number == 0) reports.push_back({iterations, residual});
         team.barrier();
@@ -348,46 +336,33 @@ private:
             std::memset(static_cast<void*>(x + at(band, 0) * C), 0, sizeof(Real) * steps * C * V);
         team.barrier();
         residuals(me);
-        double rr[C], bb[C], alpha[C] = {}, beta[C] = {}, relative[C] = {};
+        double rr[C], bb[C], norm[C], relative[C] = {};
         bool done[C];
-        unpreconditioned(me, alpha, bb);
+        Step step;
+        total(0, rr);
+        unpreconditioned(me, step, bb);
         for (int c = 0; c < C; ++c) done[c] = !(bb[c] > 0);
-        int iterations = 0;
-        while (iterations < most_iterations && !std::all_of(done, done + C, [](bool d) { return d; })) {
-            if (iterations == 0) backward<true>(me, alpha, beta);
-            else backward<false>(me, alpha, beta);
-            total(2, rr);
-            forward(me);
-            ++iterations;
-            double pq[C], rq[C], qq[C];
-            total(3, pq);
-            total(4, rq);
-            total(5, qq);
-            for (int c = 0; c < C; ++c) {
-                alpha[c] = beta[c] = 0;
-                if (done[c] || !(rr[c] > 0) || !(pq[c] > 0)) continue;
-                alpha[c] = rr[c] / pq[c];
-                beta[c] = std::max(0.0, 1 - 2 * alpha[c] * rq[c] / rr[c] + alpha[c] * alpha[c] * qq[c] / rr[c]);
-            }
-            double norm[C];
-            unpreconditioned(me, alpha, norm);
+        while (step.count < most_iterations && !std::all_of(done, done + C, [](bool d) { return d; })) {
+            iterate(me, step, rr);
+            for (int c = 0; c < C; ++c)
+                if (done[c]) step.alpha[c] = 0;
+            unpreconditioned(me, step, norm);
             for (int c = 0; c < C; ++c) {
                 if (done[c]) continue;
                 relative[c] = std::sqrt(norm[c] / bb[c]);
                 done[c] = !(relative[c] > tol);
             }
         }
-        if (iterations > 0) correct(me, alpha);
-        if (me.number == 0) reports.push_back({iterations, *std::max_element(relative, relative + C)});
+        correct(me, step);
+        if (me.number == 0) reports.push_back({step.count, *std::max_element(relative, relative + C)});
         team.barrier();
     }
 
     // |K (r - alpha q)|^2 = |b - A x|^2, which the preconditioned recurrences do not have.
-    void unpreconditioned(Member& me, const double* alpha, double* sums) {
-        const bool moved = std::any_of(alpha, alpha + C, [](double a) { return a != 0; });
+    void unpreconditioned(Member& me, const Step& step, double* sums) {
         const auto value = [&](size_t i, int c) {
             const vec here = load(r + i * C + c * V);
-            return moved ? here - Real(alpha[c]) * load(q + i * C + c * V) : here;
+            return step.count ? here - Real(step.alpha[c]) * load(w + i * C + c * V) : here;
         };
         for (int band = me.number; band < bands; band += team.size()) {
             vec last[C] = {}, es_west{}, ss_last{}, sum[C] = {};
@@ -489,96 +464,137 @@ private:
         end_sweep(me);
     }
 
-    // r -= alpha q, p = r + beta p, y += alpha t, t = K^-T p
-    template <bool first>
-    void backward(Member& me, const double* alpha, const double* beta) {
-        vec al[C], be[C];
-        for (int c = 0; c < C; ++c) al[c] = all(Real(alpha[c])), be[c] = all(Real(beta[c]));
-        for (int i = me.number; i < bands; i += team.size()) {
-            const int band = bands - 1 - i;
-            vec t_east[C] = {}, rr[C] = {};
+    // x = x_0 + T^-1/2 K^-T u, u the sum of alpha p. It takes two directions at a time, every second iteration: the older
+    // of them is (p - r) / beta, which costs no memory traffic. A tiny beta would lose it: then at once.
+    static vec two_terms(vec p, vec r, vec alpha, vec gamma) { return alpha * p + gamma * (p - r); }
+
+    // One iteration. `rr` goes from r.r to its foretold next value, which only beta uses: the next sweep sums the real
+    // one for alpha, so rounding errors do not accumulate ("predict and recompute", Chen and Carson 2020).
+    void iterate(Member& me, Step& step, double* rr) {
+        const bool wait = !step.pending && std::all_of(step.beta, step.beta + C, [](double b) { return b > 1e-6; });
+        if (step.count == 0) backward<Sum::none>(me, step);
+        else if (wait) backward<Sum::wait>(me, step);
+        else if (step.summed) backward<Sum::add>(me, step);
+        else backward<Sum::begin>(me, step);
+        total(2, rr);  // now, before a faster member overwrites it
+        forward(me);
+        double pq[C], qq[C];
+        total(3, pq);
+        total(4, qq);
+        for (int c = 0; c < C; ++c) step.gamma[c] = step.count > 0 && wait ? step.alpha[c] / step.beta[c] : 0;
+        step.pending = step.count > 0 && wait;
+        step.summed = step.summed || (step.count > 0 && !wait);
+        for (int c = 0; c < C; ++c) {
+            step.alpha[c] = step.beta[c] = 0;
+            if (!(rr[c] > 0) || !(pq[c] > 0)) {  // nothing left in this channel
+                rr[c] = 0;
+                continue;
+            }
+            step.alpha[c] = rr[c] / pq[c];
+            const double next = std::max(0.0, step.alpha[c] * step.alpha[c] * qq[c] - rr[c]);
+            step.beta[c] = next / rr[c];
+            rr[c] = next;
+        }
+        ++step.count;
+    }
+
+    enum class Sum { none, wait, begin, add };  // the first sweep has none
+
+    // r -= alpha q, p = r + beta p, t = K^-T p
+    template <Sum sum>
+    void backward(Member& me, const Step& step) {
+        vec alpha[C], beta[C], gamma[C];
+        for (int c = 0; c < C; ++c) {
+            alpha[c] = all(Real(step.alpha[c]));
+            beta[c] = all(Real(step.beta[c]));
+            gamma[c] = all(Real(step.gamma[c]));
+        }
+        sweep_back(me, [&](size_t j, int c, vec& rr) {
+            const vec r_old = load(r + j);
+            if (sum == Sum::none) {
+                store(p + j, r_old);
+                rr += r_old * r_old;
+                return r_old;
+            }
+            const vec p_old = load(p + j), r_new = r_old - alpha[c] * load(w + j);
+            const vec p_new = r_new + beta[c] * p_old;
+            if (sum == Sum::begin) store(u + j, two_terms(p_old, r_old, alpha[c], gamma[c]));
+            if (sum == Sum::add) store(u + j, load(u + j) + two_terms(p_old, r_old, alpha[c], gamma[c]));
+            store(r + j, r_new);
+            store(p + j, p_new);
+            rr += r_new * r_new;
+            return p_new;
+        }, [&](size_t j, size_t, vec t) { store(w + j, t); });
+    }
+
+    // x += T^-1/2 K^-T (u + what is pending).
+    void correct(Member& me, const Step& step) {
+        if (step.count == 0) return;
+        sweep_back(me, [&](size_t j, int c, vec&) {
+            const vec rest = two_terms(load(p + j), load(r + j), all(Real(step.alpha[c])), all(Real(step.gamma[c])));
+            return step.summed ? load(u + j) + rest : rest;
+        }, [&](size_t j, size_t i, vec t) { store(x + j, load(x + j) + load(isq + i) * t); });
+    }
+
+    // t = K^-T v from the last pixel to the first; v = source(index, channel, sum), take(index, pixel, t).
+    template <class Source, class Take>
+    void sweep_back(Member& me, Source source, Take take) {
+        for (int number = me.number; number < bands; number += team.size()) {
+            const int band = bands - 1 - number;
+            vec t[C] = {}, sums[C] = {};
             for (int from = 0; from < steps; from += chunk) {
                 const int to = begin_chunk(me, band + 1, from);
                 for (int k = steps - 1 - from; k > steps - 1 - to; --k) {
-                    const size_t i1 = at(band, k), i3 = i1 * C;
-                    const vec east = load(es + i1), below = load(ss + i1);
+                    const size_t i = at(band, k);
+                    const vec east = load(es + i), below = load(ss + i);
                     for (int c = 0; c < C; ++c) {
-                        const size_t j = i3 + c * V;
-                        vec r_new = load(r + j), p_new;
-                        if (first) {
-                            p_new = r_new;
-                            store(y + j, vec{});
-                        } else {
-                            r_new -= al[c] * load(q + j);
-                            store(r + j, r_new);
-                            p_new = r_new + be[c] * load(p + j);
-                            store(y + j, load(y + j) + al[c] * load(t + j));
-                        }
-                        store(p + j, p_new);
-                        rr[c] += r_new * r_new;
-                        const vec t_south = from_south(t_east[c], all(up_of(band + 1, c)[k - (V - 1)]));
-                        t_east[c] = p_new + east * t_east[c] + below * t_south;
-                        store(t + j, t_east[c]);
-                        up_of(band, c)[k] = t_east[c][0];
+                        const size_t j = i * C + c * V;
+                        const vec t_south = from_south(t[c], all(up_of(band + 1, c)[k - (V - 1)]));
+                        t[c] = source(j, c, sums[c]) + east * t[c] + below * t_south;
+                        take(j, i, t[c]);
+                        up_of(band, c)[k] = t[c][0];
                     }
                 }
                 end_chunk(me, band, to);
             }
-            for (int c = 0; c < C; ++c) partial[(2 * size_t(bands) + band) * C + c] = lanes(rr[c]);
+            for (int c = 0; c < C; ++c) partial[(2 * size_t(bands) + band) * C + c] = lanes(sums[c]);
         }
         end_sweep(me);
     }
 
-    // q = t + K^-1 (p + (D - 2) t), the scaled matrix times p; and its products with p, r and itself.
+    // q = t + K^-1 (p + (D - 2) t), the scaled matrix times p, over t; and its products with p and itself.
     void forward(Member& me) {
         for (int band = me.number; band < bands; band += team.size()) {
-            vec z[C] = {}, pq[C] = {}, rq[C] = {}, qq[C] = {}, es_west{}, ss_last{};
+            vec z[C] = {}, pq[C] = {}, qq[C] = {}, es_west{}, ss_last{};
             for (int from = 0; from < steps; from += chunk) {
                 const int to = begin_chunk(me, band - 1, from);
                 for (int k = from; k < to; ++k) {
-                    const size_t i1 = at(band, k), i3 = i1 * C;
-                    const vec diagonal = load(dm + i1);
-                    const vec ss_north = from_north(ss_last, all(ss_edge(band - 1, k + V - 1)));
+                    const size_t i = at(band, k);
+                    const bool has_north = band > 0 && k + V - 1 < steps;
+                    const vec diagonal = load(dm + i);
+                    const vec ss_north =
+                        from_north(ss_last, all(has_north ? ss[at(band - 1, k + V - 1) + V - 1] : Real(0)));
                     for (int c = 0; c < C; ++c) {
-                        const size_t j = i3 + c * V;
-                        const vec p_here = load(p + j), t_here = load(t + j), r_here = load(r + j);
+                        const size_t j = i * C + c * V;
+                        const vec p_here = load(p + j), t_here = load(w + j);
                         const vec z_north = from_north(z[c], all(down_of(band - 1, c)[k + V - 1]));
                         z[c] = p_here + diagonal * t_here + es_west * z[c] + ss_north * z_north;
                         const vec q_here = z[c] + t_here;
-                        store(q + j, q_here);
+                        store(w + j, q_here);
                         down_of(band, c)[k] = z[c][V - 1];
                         pq[c] += p_here * q_here;
-                        rq[c] += r_here * q_here;
                         qq[c] += q_here * q_here;
                     }
-                    es_west = load(es + i1);
-                    ss_last = load(ss + i1);
+                    es_west = load(es + i);
+                    ss_last = load(ss + i);
                 }
                 end_chunk(me, band, to);
             }
             for (int c = 0; c < C; ++c) {
                 partial[(3 * size_t(bands) + band) * C + c] = lanes(pq[c]);
-                partial[(4 * size_t(bands) + band) * C + c] = lanes(rq[c]);
-                partial[(5 * size_t(bands) + band) * C + c] = lanes(qq[c]);
+                partial[(4 * size_t(bands) + band) * C + c] = lanes(qq[c]);
             }
         }
         end_sweep(me);
-    }
-    Real ss_edge(int band, int step) {
-        return band >= 0 && step < steps ? ss[at(band, step) + V - 1] : Real(0);
-    }
-
-    // x += (y + alpha t) / sqrt(pivot): back from the scaled variables.
-    void correct(Member& me, const double* alpha) {
-        for (int band = me.number; band < bands; band += team.size())
-            for (int k = 0; k < steps; ++k) {
-                const size_t i1 = at(band, k), i3 = i1 * C;
-                const vec scale = load(isq + i1);
-                for (int c = 0; c < C; ++c) {
-                    const size_t j = i3 + c * V;
-                    store(x + j, load(x + j) + scale * (load(y + j) + Real(alpha[c]) * load(t + j)));
-                }
-            }
-        team.barrier();
     }
 };
