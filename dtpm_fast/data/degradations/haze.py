@@ -9,16 +9,16 @@ from dtpm_fast.data.degradations.light import to_linear, to_srgb
 def haze(image: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
     """HxWx3 float32 sRGB in [0, 1] seen through haze: J t + A (1 - t) in linear light, t = exp(-strength β d).
 
-    The mean optical depth β d is 0.1 to 1, its course over the picture random and smooth, mostly farther at the top;
-    the airlight A is bright and nearly grey.
+    The mean optical depth β d is 0.1 to 1.2, its course over the picture random and smooth, mostly farther at the top;
+    the airlight A is nearly grey, 0.4 to 1 in sRGB.
     """
     height, width = image.shape[:2]
-    mean_depth = rng.uniform(0.1, 1)
-    variation = rng.uniform(0, 0.9)
+    mean_depth = rng.uniform(0.1, 1.2)
+    variation = rng.uniform(0, 1)
     tilt = rng.uniform(-0.2, 1)
-    airlight = to_linear(np.clip(rng.uniform(0.65, 1.0) + rng.normal(0, 0.02, 3), 0, 1))
+    airlight = to_linear(np.clip(rng.uniform(0.4, 1.0) + rng.normal(0, 0.012, 3), 0, 1))
     rising = np.linspace(1, 0, height, dtype=np.float32)[:, None] if height > 1 else np.full((1, 1), 0.5, np.float32)
-    course = tilt * (rising - 0.5) + (smooth_field(height, width, rng, cells=3) - 0.5)
+    course = 1.5 * tilt * (rising - 0.5) + (smooth_field(height, width, rng, cells=3) - 0.5)
     depth = mean_depth * np.maximum(1 + variation * course, 0)
     if strength == 0:
         return image.copy()

@@ -8,6 +8,7 @@ The ranges are fitted to the residuals of Rain100L's rain (Yang et al., CVPR 201
 comparison and the command that prints it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,8 +44,16 @@ KINDS = (
 )
 
 
+# Outdoor-Rain's: many thin faint streaks.
+DENSE = (Kind((0.7, 1.8), (24, 70), (0.03, 0.10), 0.9, (0.45, 0.70), 1.0),)
+
+
 def rain(
-    image: np.ndarray, rng: np.random.Generator, strength: float = 1.0, composition: str | None = None
+    image: np.ndarray,
+    rng: np.random.Generator,
+    strength: float = 1.0,
+    composition: str | None = None,
+    kinds: Sequence[Kind] = KINDS,
 ) -> np.ndarray:
     """HxWx3 float32 sRGB in [0, 1] with rain on HxWx3 float32 sRGB in [0, 1].
 
@@ -59,7 +68,7 @@ def rain(
     composition = chosen if composition is None else composition
     if composition not in COMPOSITIONS:
         raise ValueError(f"composition {composition!r}: must be one of {', '.join(COMPOSITIONS)}")
-    streaks = rain_streaks(image.shape[0], image.shape[1], rng, strength)[..., None]
+    streaks = rain_streaks(image.shape[0], image.shape[1], rng, strength, kinds)[..., None]
     if composition == "additive":
         return np.clip(image + streaks, 0, 1)
     if composition == "screen":
@@ -67,9 +76,11 @@ def rain(
     return _physical(image, streaks)
 
 
-def rain_streaks(height: int, width: int, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
+def rain_streaks(
+    height: int, width: int, rng: np.random.Generator, strength: float = 1.0, kinds: Sequence[Kind] = KINDS
+) -> np.ndarray:
     """Brightness of the rain alone, HxW float32 in [0, 1]. Periodic in both directions."""
-    kind = KINDS[int(rng.choice(len(KINDS), p=[kind.probability for kind in KINDS]))]
+    kind = kinds[int(rng.choice(len(kinds), p=[kind.probability for kind in kinds]))]
     coverage, length, brightness, ceiling = (
         rng.uniform(*limits) for limits in (kind.coverage, kind.length, kind.brightness, kind.ceiling)
     )

@@ -3,9 +3,11 @@
 import numpy as np
 
 from dtpm_fast.data.degradations.haze import haze
-from dtpm_fast.data.degradations.rain import rain
+from dtpm_fast.data.degradations.rain import DENSE, rain
 
 
 def rain_haze(image: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
-    """HxWx3 float32 sRGB in [0, 1] with rain, seen through haze: the rain and the haze that `rain` and `haze` draw."""
-    return haze(rain(image, rng, strength), rng, strength)
+    """HxWx3 float32 sRGB in [0, 1] with dense rain (a quarter: the rain of `rain`), seen through the haze of `haze`."""
+    dense = rng.random() < 0.75
+    rainy = rain(image, rng, strength, "additive", DENSE) if dense else rain(image, rng, strength)
+    return haze(rainy, rng, strength)

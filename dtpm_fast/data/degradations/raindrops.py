@@ -6,21 +6,22 @@ from torch.nn import functional
 
 from dtpm_fast.data.degradations.light import to_linear, to_srgb
 
-_DROPS_PER_PIXEL = 40 / 256**2
+_DROPS_PER_PIXEL = 60 / 256**2
 
 
 def raindrops(image: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
     """HxWx3 float32 sRGB in [0, 1] seen through drops on glass.
 
-    A drop is a rounded, irregular cap of 3 to 22 pixels' radius, a little longer than wide. Inside it the scene appears
+    A drop is a rounded, irregular cap of 3 to 24 pixels' radius, a little longer than wide. Inside it the scene appears
     inverted and shrunk (the drop refracts a wide angle into its small area), blurred because the camera is focused on
-    what is behind, darker toward one edge; its own edge is soft for the same reason. `strength` multiplies the number
-    of drops, which is 10 to 70 on 256x256 pixels at 1.
+    what is behind, darker toward one edge and brightened by the sky; its own edge is soft for the same reason.
+    `strength` multiplies the number of drops, which is 15 to 105 on 256x256 pixels at 1.
     """
     height, width = image.shape[:2]
     amount = rng.uniform(1 / 4, 7 / 4)
-    largest = rng.uniform(6, 22)
-    softness = rng.uniform(0.08, 0.3)  # of the edge, as a part of the radius
+    largest = rng.uniform(6, 24)
+    opacity, glow = rng.uniform(0.6, 1), rng.uniform(0, 0.35)
+    softness = rng.uniform(0.15, 1.1)  # of the edge, as a part of the radius: how far the glass is out of focus
     shrinking = rng.uniform(2, 5)
     shade = rng.uniform(0.05, 0.4)
     drops = np.random.default_rng(rng.integers(2**63))
@@ -32,10 +33,11 @@ def raindrops(image: np.ndarray, rng: np.random.Generator, strength: float = 1.0
     source_rows, source_columns, brightness = rows.copy(), columns.copy(), np.ones((height, width), dtype=np.float32)
     for _ in range(count):
         drop = _Drop(drops, height, width, largest)
-        place = drop.window(height, width)
+        place = drop.window(height, width, 1 + softness / 2)
         down, right = rows[place] - drop.row, columns[place] - drop.column
         level = drop.level(down, right)
         alpha = np.clip((1 - level) / softness + 0.5, 0, 1).astype(np.float32)
+        alpha = opacity * alpha * alpha * (3 - 2 * alpha)
         on_top = alpha > cover[place]
         cover[place] = np.where(on_top, alpha, cover[place])
         # Upside down, and stronger bent toward the edge of the cap.
@@ -45,8 +47,10 @@ def raindrops(image: np.ndarray, rng: np.random.Generator, strength: float = 1.0
         shading = 1 + shade * (down / drop.radius - 0.5 * np.minimum(level, 1.2) ** 4)
         brightness[place] = np.where(on_top, shading, brightness[place])
     light = to_linear(image)
-    seen = _sample(light, source_rows, source_columns, int(np.ceil(shrinking)))
-    seen = np.clip(seen * np.maximum(brightness, 0.2)[..., None], 0, 1)
+    seen = _sample(light, source_rows, source_columns, int(np.ceil(shrinking + 6 * softness)))
+    # A drop also gathers the light of the sky, from above and outside the picture.
+    sky = np.percentile(light, 95, axis=(0, 1)).astype(np.float32)
+    seen = np.clip((seen + np.float32(glow) * sky) * np.maximum(brightness, 0.2)[..., None], 0, 1)
     cover = cover[..., None]
     return to_srgb(light * (1 - cover) + seen * cover)
 
@@ -58,12 +62,15 @@ class _Drop:
         self.row, self.column = rng.uniform(0, height), rng.uniform(0, width)
         self.radius = 3 + (largest - 3) * rng.random() ** 2  # small ones are more frequent
         self.stretch = rng.uniform(1.0, 1.4)  # gravity
-        orders = np.arange(2, 6)
-        sizes, phases = rng.normal(0, 0.12, 4) / orders, rng.uniform(0, 2 * np.pi, 4)
-        self.harmonics = list(zip(orders, sizes, phases, strict=True))
+        # Harmonics of the outline: (order, amplitude, phase), Python's numbers to keep the fields float32.
+        sizes, phases = rng.normal(0, 0.12, 3).tolist(), rng.uniform(0, 2 * np.pi, 3).tolist()
+        self.harmonics = [
+            (order, size / order, phase) for order, size, phase in zip((2, 3, 4), sizes, phases, strict=True)
+        ]
 
-    def window(self, height: int, width: int) -> tuple[slice, slice]:
-        reach = 1.9 * self.radius * self.stretch
+    def window(self, height: int, width: int, level: float) -> tuple[slice, slice]:
+        """The place of all pixels up to that level."""
+        reach = 1.4 * level * self.radius * self.stretch  # the outline is rarely 1.4 times the radius away
         top, left = max(int(self.row - reach), 0), max(int(self.column - reach), 0)
         return slice(top, min(int(self.row + reach) + 1, height)), slice(left, min(int(self.column + reach) + 1, width))
 
