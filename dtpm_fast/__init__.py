@@ -1,7 +1,20 @@
 """dtpm-fast: DTPM (CVPR 2024), diffusion texture priors for image restoration, as a fast runtime."""
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING, Any
 
 from dtpm_fast.smoothing import rtv_smooth
 
-__all__ = ["__version__", "rtv_smooth"]
+if TYPE_CHECKING:
+    from dtpm_fast.runtime.restorer import Restorer
+
+__version__ = "0.1.0"
+__all__ = ["Restorer", "__version__", "rtv_smooth"]
+
+
+def __getattr__(name: str) -> Any:
+    """`Restorer` on first use: it imports torch, which smoothing does not need."""
+    if name == "Restorer":
+        from dtpm_fast.runtime.restorer import Restorer
+
+        return Restorer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,101 @@
+"""`dtpm-restore`: photos and folders of photos in, restored photos out."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dtpm_fast.commands.run import run
+from dtpm_fast.errors import UserError
+from dtpm_fast.images import SUFFIXES, list_images, read_image, write_image
+from dtpm_fast.tasks import TASKS
+
+EXAMPLE = """examples:
+  dtpm-restore rainy.jpg -o dry.png --task derain
+  dtpm-restore holiday/ old.jpg -o restored/ --task derain --steps 10 --seed 7
+  dtpm-restore photos/ -o sharp/ --task deblur --weights runs/deblur/weights.safetensors
+An output keeps its input's stem and is a PNG, unless one photo goes to a file name of your own. A folder given beside
+other inputs becomes a folder inside OUT. A picture that cannot be restored is named at the end and the exit code is 1;
+the others are done."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 1 on a failure or when a picture could not be restored, 2 on bad usage."""
+    parser = argparse.ArgumentParser(
+        prog="dtpm-restore",
+        description="Restore photos with a diffusion texture prior (DTPM).",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="a photo, or a folder of photos")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="folder, or file for one photo")
+    parser.add_argument("--task", required=True, choices=tuple(TASKS))
+    parser.add_argument("--steps", type=int, default=4, metavar="S", help="steps of the sampler (default: 4)")
+    parser.add_argument("--weights", default="light", help="weights file, or the name of shipped ones (default: light)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--backend", default="auto", help="auto or reference (default: auto)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    options = parser.parse_args(arguments)
+    return run(lambda: _restore(options))
+
+
+def _restore(options: argparse.Namespace) -> int:
+    jobs = plan_outputs(options.inputs, options.output)
+    from dtpm_fast.runtime.restorer import Restorer  # imports torch: not for --help or a mistyped path
+
+    restorer = Restorer.from_pretrained(
+        options.weights, options.task, options.steps, options.device, options.backend, options.seed
+    )
+    print(restorer.about, file=sys.stderr)
+    failures = []
+    for source, target in tqdm(jobs, unit="photo", disable=None):
+        try:
+            write_image(target, restorer(read_image(source)))
+        except UserError as error:
+            failures.append(str(error) if str(source) in str(error) else f"{source}: {error}")
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def plan_outputs(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
+    """Every input picture and where its result goes. Raises `UserError` for a missing input, a folder without pictures,
+    an output that is no place for them, two results of one name, and a result that would replace its input."""
+    jobs: list[tuple[Path, Path]] = []
+    if len(inputs) == 1 and not inputs[0].is_dir() and not output.is_dir() and output.suffix:
+        if output.suffix.lower() not in SUFFIXES:
+            raise UserError(
+                f"{output}: unknown picture format {output.suffix!r}; use one of {', '.join(sorted(SUFFIXES))}, "
+                "or a folder"
+            )
+        jobs.append((inputs[0], output))
+    else:
+        for given in inputs:
+            if given.is_dir():
+                folder = output if len(inputs) == 1 else output / given.resolve().name
+                jobs += [(picture, folder / f"{picture.stem}.png") for picture in list_images(given)]
+            else:
+                jobs.append((given, output / f"{given.stem}.png"))
+    _check_jobs(jobs)
+    return jobs
+
+
+def _check_jobs(jobs: list[tuple[Path, Path]]) -> None:
+    taken: dict[Path, Path] = {}
+    for source, target in jobs:
+        if not source.is_file():
+            raise UserError(f"{source}: no such file or folder")
+        for part in target.parents:
+            if part.exists() and not part.is_dir():
+                raise UserError(f"{part}: is a file; -o needs a folder for these inputs")
+        if target.resolve() == source.resolve():
+            raise UserError(f"{source}: the result would replace it; choose another output")
+        if target in taken:
+            raise UserError(f"{taken[target]} and {source}: both would be written to {target}; restore them apart")
+        taken[target] = source
+
+
+if __name__ == "__main__":
+    sys.exit(main())

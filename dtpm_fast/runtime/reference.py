@@ -1,0 +1,28 @@
+"""The reference backend: the plain modules of dtpm_fast.model, nothing hoisted. What every other backend is held to."""
+
+from torch import Tensor
+
+from dtpm_fast.model.dtpm import DTPM
+from dtpm_fast.runtime.sampler import C_IN, Conditions, Steps, update
+
+
+class Reference:
+    """`prepare` and `step` of the plain model."""
+
+    def __init__(self, model: DTPM, steps: Steps) -> None:
+        self.model, self.steps = model, steps
+        parameter = next(model.denoiser.parameters())
+        self.table = steps.table.to(parameter)
+        self.gammas = steps.gammas.to(parameter)
+
+    def prepare(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
+        y_eps = self.model.predict(y_d)
+        code = self.model.code_of(y_d, y_eps) if code is None else code
+        conditions = {"y_eps": y_eps, "condition": self.model.condition_of(y_d, y_eps)}
+        return conditions if code is None else {**conditions, "code": code}
+
+    def step(self, x: Tensor, previous: Tensor, i: int, conditions: Conditions) -> tuple[Tensor, Tensor]:
+        row, y_eps = self.table[i], conditions["y_eps"]
+        gamma = self.gammas[i].expand(x.shape[0])
+        output = self.model.denoise(row[C_IN] * x, conditions["condition"], gamma, conditions.get("code"), y_eps)
+        return update(row, x, output, previous, y_eps)

@@ -1,0 +1,133 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dtpm_fast.commands.restore import main, plan_outputs
+from dtpm_fast.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory, random_weights: Callable[..., Path]) -> str:
+    return str(random_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors"))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Every mode of picture, and two broken files."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 256, (21, 34, 3), dtype=np.uint8))
+    rgb.save(folder / "colour.jpg")
+    rgb.convert("L").save(folder / "grey.png")
+    rgb.convert("P").save(folder / "palette.png")
+    rgb.convert("RGBA").save(folder / "alpha.webp")
+    Image.fromarray(rng.integers(0, 65536, (9, 12), dtype=np.uint16)).save(folder / "deep.tif")
+    Image.new("RGB", (1, 1), "red").save(folder / "dot.png")
+    (folder / "text.png").write_text("not a picture")
+    whole = (folder / "colour.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "notes.txt").write_text("not looked at")
+    return folder
+
+
+def test_a_folder_gives_a_folder_and_broken_pictures_are_named(
+    photos: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    code = main([str(photos), "-o", str(out), "--task", "derain", "--weights", weights, "--device", "cpu"])
+    assert code == 1
+    written = sorted(path.name for path in out.iterdir())
+    assert written == ["alpha.png", "colour.png", "deep.png", "dot.png", "grey.png", "palette.png"]
+    with Image.open(out / "colour.png") as image:
+        assert (image.size, image.mode) == ((34, 21), "RGB")
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert "text.png: not a readable picture" in errors[0]
+    assert "truncated.jpg: not a readable picture" in errors[1]
+
+
+def test_one_photo_goes_to_a_file_and_the_same_seed_gives_the_same_bytes(
+    photos: Path, weights: str, tmp_path: Path
+) -> None:
+    common = ["--task", "derain", "--weights", weights, "--device", "cpu", "--steps", "2"]
+    for name, seed in (("a.png", "3"), ("b.png", "3"), ("c.png", "4"), ("d.jpg", "3")):
+        assert main([str(photos / "grey.png"), "-o", str(tmp_path / name), "--seed", seed, *common]) == 0
+    a, b, c = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
+    assert a == b
+    assert a != c
+    with Image.open(tmp_path / "d.jpg") as image:
+        assert image.format == "JPEG"
+
+
+def test_outputs_keep_the_stem(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("x.jpg", "y.png"):
+        Image.new("RGB", (2, 2)).save(folder / name)
+    alone = tmp_path / "z.jpg"
+    Image.new("RGB", (2, 2)).save(alone)
+    out = tmp_path / "out"
+    assert plan_outputs([folder], out) == [(folder / "x.jpg", out / "x.png"), (folder / "y.png", out / "y.png")]
+    assert plan_outputs([folder, alone], out)[-1] == (alone, out / "z.png")
+    assert plan_outputs([folder, alone], out)[0] == (folder / "x.jpg", out / "in" / "x.png")
+    assert plan_outputs([alone], out) == [(alone, out / "z.png")]
+    assert plan_outputs([alone], tmp_path / "new.webp") == [(alone, tmp_path / "new.webp")]
+    (tmp_path / "folder.d").mkdir()
+    assert plan_outputs([alone], tmp_path / "folder.d") == [(alone, tmp_path / "folder.d" / "z.png")]
+
+
+def test_unusable_arguments_end_before_any_work(tmp_path: Path, weights: str) -> None:
+    picture = tmp_path / "z.jpg"
+    Image.new("RGB", (2, 2)).save(picture)
+    Image.new("RGB", (2, 2)).save(tmp_path / "z.png")
+    (tmp_path / "empty").mkdir()
+    for inputs, output, message in (
+        ([tmp_path / "absent.png"], tmp_path / "out", "absent.png: no such file or folder"),
+        ([tmp_path / "empty"], tmp_path / "out", "empty: no pictures in it"),
+        ([picture], tmp_path / "out.txt", "out.txt: unknown picture format"),
+        ([picture], picture, "the result would replace it"),
+        ([tmp_path / "z.png"], tmp_path, "the result would replace it"),
+        ([picture, tmp_path / "z.png"], tmp_path / "out", "both would be written to"),
+        ([picture, tmp_path / "z.png"], picture, "is a file; -o needs a folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plan_outputs(inputs, output)
+        given = [*map(str, inputs), "-o", str(output), "--task", "derain", "--weights", weights]
+        assert main(given) == 1
+    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "z.jpg", "z.png"]
+
+
+def test_a_wrong_checkpoint_ends_before_any_work(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], random_weights: Callable[..., Path]
+) -> None:
+    prior = random_weights(tmp_path / "prior.safetensors", stage=1)
+    out = tmp_path / "out"
+    assert main([str(photos), "-o", str(out), "--task", "derain", "--weights", str(prior)]) == 1
+    assert "prior.safetensors: holds stage 1 weights" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_bad_usage_is_exit_code_2_and_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["a.png"], ["a.png", "-o", "b.png", "--task", "swim"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "dtpm-restore rainy.jpg -o dry.png --task derain" in capsys.readouterr().out
+
+
+def test_the_command_is_installed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dtpm_fast.commands.restore", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "examples:" in done.stdout

@@ -1,0 +1,156 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dtpm_fast import Restorer
+from dtpm_fast.diffusion import restore
+from dtpm_fast.errors import UserError
+from dtpm_fast.runtime.noise import noise_fields
+from dtpm_fast.runtime.photo import pad_to
+from dtpm_fast.runtime.shipped import shipped
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory, random_weights: Callable[..., Path]) -> Path:
+    return random_weights(tmp_path_factory.mktemp("weights") / "tiny-derain.safetensors")
+
+
+@pytest.fixture(scope="module")
+def restorer(weights: Path) -> Restorer:
+    return Restorer.from_pretrained(weights, "derain", device="cpu", backend="reference")
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 1), (2, 3), (8, 8), (37, 50)])
+def test_every_size_comes_back_as_it_went_in(restorer: Restorer, size: tuple[int, int]) -> None:
+    before = photo(*size)
+    kept = before.copy()
+    after = restorer(before)
+    assert after.shape == before.shape
+    assert after.dtype == np.uint8
+    np.testing.assert_array_equal(before, kept)
+    assert (after != before).any()
+
+
+def test_the_picture_is_the_plain_references(restorer: Restorer) -> None:
+    """On a multiple of 8 nothing is padded, so the paper's sampler gives the very same picture."""
+    before = photo(24, 40)
+    y_d = torch.from_numpy(before).permute(2, 0, 1)[None].float() / 127.5 - 1
+    expected, _ = restore(restorer.model, y_d, noise_fields(0, 24, 40), 4, restorer.config.diffusion)
+    expected = ((expected + 1) * 127.5).round().to(torch.uint8)[0].permute(1, 2, 0)
+    np.testing.assert_array_equal(restorer(before), expected.numpy())
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(restorer: Restorer, weights: Path) -> None:
+    before = photo(33, 21)
+    again = Restorer.from_pretrained(weights, "derain", device="cpu")
+    other = Restorer.from_pretrained(weights, "derain", device="cpu", seed=1)
+    np.testing.assert_array_equal(restorer(before), again(before))
+    assert (restorer(before) != other(before)).any()
+
+
+def test_all_kinds_of_photo_agree(restorer: Restorer, tmp_path: Path) -> None:
+    before = photo(18, 27)
+    Image.fromarray(before).save(tmp_path / "photo.png")
+    after = restorer(before)
+    from_path = restorer(tmp_path / "photo.png")
+    from_pillow = restorer(Image.fromarray(before))
+    tensor = torch.from_numpy(before).permute(2, 0, 1)[None].double() / 255
+    from_tensor = restorer(tensor)
+    assert isinstance(from_path, Image.Image)
+    assert isinstance(from_pillow, Image.Image)
+    np.testing.assert_array_equal(np.asarray(from_path), after)
+    np.testing.assert_array_equal(np.asarray(from_pillow), after)
+    assert from_tensor.dtype == torch.float64
+    assert from_tensor.shape == tensor.shape
+    as_bytes = (from_tensor[0].permute(1, 2, 0) * 255).round().numpy()
+    assert np.abs(as_bytes - after).max() <= 1  # one, where a value lies between two bytes
+
+
+def test_a_batch_gives_what_its_pictures_give(restorer: Restorer) -> None:
+    batch = torch.rand(3, 3, 16, 20)
+    together = restorer(batch)
+    apart = torch.cat([restorer(picture[None]) for picture in batch])
+    torch.testing.assert_close(together, apart, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (photo(4, 4).astype(np.float32), ValueError, "uint8"),
+        (photo(4, 4)[..., 0], ValueError, "HxWx3"),
+        (np.zeros((0, 4, 3), np.uint8), ValueError, "not empty"),
+        (torch.rand(3, 4, 4), ValueError, r"\(B, 3, H, W\)"),
+        (torch.rand(1, 3, 4, 4) - 1, ValueError, r"\[0, 1\]"),
+        (torch.full((1, 3, 4, 4), torch.nan), ValueError, r"\[0, 1\]"),
+        (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), ValueError, "floating point"),
+        (42, TypeError, "int"),
+        ("absent.png", UserError, "absent.png: no such file"),
+    ],
+)
+def test_a_wrong_photo_is_refused(restorer: Restorer, wrong: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        restorer(wrong)
+
+
+def test_about_says_what_runs_and_why(restorer: Restorer) -> None:
+    for part in ("tiny-derain.safetensors", "derain", "tiny", "none, random", "4 steps", "cpu: as asked", "reference"):
+        assert part in restorer.about
+    assert "\n" not in restorer.about
+
+
+def test_unusable_weights_are_named(weights: Path, tmp_path: Path, random_weights: Callable[..., Path]) -> None:
+    prior = random_weights(tmp_path / "prior.safetensors", stage=1)
+    (tmp_path / "text.safetensors").write_text("no weights")
+    for name, task, message in (
+        (prior, "derain", "prior.safetensors: holds stage 1 weights"),
+        (weights, "deblur", "trained for the task 'derain', not for 'deblur'"),
+        (tmp_path / "absent.safetensors", "derain", "absent.safetensors: no such weights file"),
+        (tmp_path / "text.safetensors", "derain", "text.safetensors: not a readable safetensors file"),
+        ("enormous", "derain", "no weights 'enormous' for the task 'derain' ship"),
+        ("light", "swim", "unknown task 'swim'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Restorer.from_pretrained(name, task)
+
+
+def test_weights_for_the_whole_task_serve_its_halves_only(
+    weights: Path, tmp_path: Path, random_weights: Callable[..., Path]
+) -> None:
+    both = random_weights(tmp_path / "both.safetensors", task="rainhaze")
+    assert Restorer.from_pretrained(both, "dehaze", device="cpu")(photo(8, 8)).shape == (8, 8, 3)
+    with pytest.raises(UserError, match="not for 'rainhaze'"):
+        Restorer.from_pretrained(weights, "rainhaze")
+
+
+@pytest.mark.skipif(not shipped(), reason="no restoring weights ship yet")
+def test_what_ships_restores_by_name() -> None:
+    preset, _, task = shipped()[0].partition("-")
+    after = Restorer.from_pretrained(preset, task, device="cpu")(photo(40, 56))
+    assert after.shape == (40, 56, 3)
+
+
+def test_unusable_settings_are_named(weights: Path) -> None:
+    for settings, message in (
+        ({"steps": 0}, "steps = 0: must lie between 1 and 1000"),
+        ({"steps": 1001}, "steps = 1001"),
+        ({"backend": "magic"}, "unknown backend 'magic'"),
+        ({"device": "magic"}, "unknown device 'magic'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Restorer.from_pretrained(weights, "derain", **settings)
+
+
+@pytest.mark.parametrize(("side", "size"), [(1, 8), (3, 16), (7, 8), (8, 8), (5, 24)])
+def test_padding_mirrors_as_often_as_it_takes(side: int, size: int) -> None:
+    image = torch.rand(2, 3, side, side + 1)
+    expected = np.pad(image.numpy(), ((0, 0), (0, 0), (0, size - side), (0, 0)), mode="reflect")
+    expected = np.pad(expected, ((0, 0), (0, 0), (0, 0), (0, size + 1 - side - 1)), mode="reflect")
+    np.testing.assert_array_equal(pad_to(image, size, size + 1).numpy(), expected)
