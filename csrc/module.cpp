@@ -91,36 +91,47 @@ void write(const Real* planes, const View& view, py::ssize_t image) {
 
 using Report = std::vector<rtv::SolveReport>;
 
+constexpr py::ssize_t team_pixels = 128 * 128;
+
 template <class Real>
 std::vector<Report> smooth_all(const View& in, const View& out, const rtv::Parameters& parameters, rtv::Isa isa,
                                int threads) {
     const py::ssize_t images = in.shape[0];
     const int height = int(in.shape[1]), width = int(in.shape[2]), channels = int(in.shape[3]);
     std::vector<Report> reports(static_cast<size_t>(images));
-    // Whole pictures side by side need no synchronisation; one picture shared by a team is for when there are too few.
-    const int side_by_side = int(std::min<py::ssize_t>(threads, images));
-    const int team = threads / side_by_side;
-    std::atomic<py::ssize_t> next{0};
     std::exception_ptr failure;
     std::mutex failure_mutex;
-    const auto work = [&] {
-        try {
-            std::vector<Real> planes(size_t(height) * width * channels);
-            for (py::ssize_t image; (image = next.fetch_add(1)) < images;) {
-                read(in, image, planes.data());
-                reports[size_t(image)] = rtv::smooth(planes.data(), height, width, channels, parameters, isa, team);
-                write(planes.data(), out, image);
+    // Pictures [first, last), `side_by_side` at a time, each by a team of `team`.
+    const auto smooth_range = [&](py::ssize_t first, py::ssize_t last, int side_by_side, int team) {
+        std::atomic<py::ssize_t> next{first};
+        const auto work = [&] {
+            try {
+                std::vector<Real> planes(size_t(height) * width * channels);
+                for (py::ssize_t image; (image = next.fetch_add(1)) < last;) {
+                    read(in, image, planes.data());
+                    reports[size_t(image)] =
+                        rtv::smooth(planes.data(), height, width, channels, parameters, isa, team);
+                    write(planes.data(), out, image);
+                }
+            } catch (...) {
+                const std::lock_guard<std::mutex> lock(failure_mutex);
+                failure = std::current_exception();
+                next = last;
             }
-        } catch (...) {
-            const std::lock_guard<std::mutex> lock(failure_mutex);
-            failure = std::current_exception();
-            next = images;
-        }
+        };
+        std::vector<std::thread> others;
+        for (int i = 1; i < side_by_side; ++i) others.emplace_back(work);
+        work();
+        for (auto& other : others) other.join();
     };
-    std::vector<std::thread> others;
-    for (int i = 1; i < side_by_side; ++i) others.emplace_back(work);
-    work();
-    for (auto& other : others) other.join();
+    // Whole pictures side by side need no synchronisation. The few that are left over at the end are shared by teams,
+    // unless they are so small that the waiting costs more than the help.
+    const py::ssize_t together = images - images % threads, left = images - together;
+    if (together > 0) smooth_range(0, together, threads, 1);
+    if (left > 0 && !failure) {
+        const int team = py::ssize_t(height) * width < team_pixels ? 1 : threads / int(left);
+        smooth_range(together, images, int(left), team);
+    }
     if (failure) std::rethrow_exception(failure);
     return reports;
 }

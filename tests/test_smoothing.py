@@ -1,0 +1,254 @@
+"""The smoother's invariants over shapes, dtypes and parameters, and its agreement with scipy's sparse LU."""
+
+import multiprocessing
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rtv_reference import early_stopped, rtv_matrix, rtv_reference, rtv_weights
+
+from dtpm_fast import _rtv, rtv_smooth
+
+SETTINGS = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SHAPES = [(1, 1, 3), (1, 9, 3), (9, 1, 1), (2, 2, 3), (17, 31, 3), (33, 20, 1), (64, 47, 3)]
+
+
+@st.composite
+def pictures(draw: st.DrawFn, dtype: type = np.float32) -> np.ndarray:
+    """HWC in [0, 1]: noise, edges, nearly black, flat and saturated ones."""
+    height, width = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    channels = draw(st.sampled_from([1, 3]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    noise = rng.random((height, width, channels))
+    kind = draw(st.sampled_from(["noise", "edges", "dark", "black but one", "flat", "saturated", "one channel"]))
+    if kind == "edges":
+        noise = 0.1 * noise + 0.8 * (np.add.outer(np.arange(height), np.arange(width)) % 17 > 8)[..., None]
+    elif kind == "dark":
+        noise = np.round(noise * 4) / 255
+    elif kind == "black but one":
+        noise = np.zeros_like(noise)
+        noise[height // 2, width // 2] = 1 / 255
+    elif kind == "flat":
+        noise = 0.5 + 1e-4 * noise
+    elif kind == "saturated":
+        noise = np.clip(noise * 20 - 0.5, 0, 1)
+    elif kind == "one channel":
+        noise[..., 1:] = 0
+    return noise.astype(dtype)
+
+
+def kernel(image: np.ndarray, isa: str = "auto", threads: int = 1, **options: Any) -> np.ndarray:
+    """The compiled function itself: it takes the instruction set."""
+    arguments: dict[str, Any] = {
+        "lam": 0.01, "sigma": 3.0, "sharpness": 0.02, "iterations": 4, "solver": "mic", "mode": "exact", "tol": 3e-5
+    } | options  # fmt: skip
+    out = np.empty_like(image)
+    _rtv.smooth(image[None], out[None], threads=threads, isa=isa, **arguments)
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("isa", _rtv.instruction_sets())
+def test_float64_is_the_exact_solution(shape: tuple[int, int, int], isa: str) -> None:
+    image = np.random.default_rng(sum(shape)).random(shape)
+    exact = rtv_reference(image)
+    np.testing.assert_allclose(kernel(image, isa, tol=1e-10), exact, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(kernel(image, isa, solver="direct"), exact, rtol=0, atol=1e-10)
+
+
+@SETTINGS
+@given(pictures(), st.sampled_from([0.0, 1e-3, 0.01, 0.05]), st.floats(0.3, 6.0), st.sampled_from([0.005, 0.02, 0.2]))
+def test_float32_stays_within_a_tenth_of_a_step(image: np.ndarray, lam: float, sigma: float, sharpness: float) -> None:
+    error = np.abs(rtv_smooth(image, lam, sigma, sharpness) - rtv_reference(image.astype(float), lam, sigma, sharpness))
+    assert error.max() < 0.1 / 255
+    assert error.mean() < 0.005 / 255
+
+
+@SETTINGS
+@given(pictures())
+def test_keeps_every_channel_mean_and_range(image: np.ndarray) -> None:
+    smooth = rtv_smooth(image)
+    means = smooth.mean(axis=(0, 1), dtype=float) - image.mean(axis=(0, 1), dtype=float)
+    assert np.abs(means).max() <= 1e-6 + 3e-5 * image.max()
+    slack = 1e-6 + 3e-4 * float(np.ptp(image))
+    assert smooth.min() >= image.min() - slack
+    assert smooth.max() <= image.max() + slack
+
+
+@SETTINGS
+@given(pictures(np.float64))
+def test_keeps_every_channel_mean_and_range_in_float64(image: np.ndarray) -> None:
+    smooth = rtv_smooth(image, tol=1e-11)
+    np.testing.assert_allclose(smooth.mean(axis=(0, 1)), image.mean(axis=(0, 1)), rtol=0, atol=1e-9)
+    assert smooth.min() >= image.min() - 1e-9
+    assert smooth.max() <= image.max() + 1e-9
+
+
+@SETTINGS
+@given(pictures())
+def test_float32_keeps_means_to_a_millionth_at_a_tight_tolerance(image: np.ndarray) -> None:
+    smooth = rtv_smooth(image, tol=2e-6)
+    np.testing.assert_allclose(smooth.mean((0, 1), dtype=float), image.mean((0, 1), dtype=float), rtol=0, atol=1e-6)
+
+
+@SETTINGS
+@given(pictures())
+def test_zero_lambda_is_the_identity(image: np.ndarray) -> None:
+    np.testing.assert_array_equal(rtv_smooth(image, lam=0.0), image)
+
+
+@pytest.mark.parametrize("value", [0, 1, 7, 255])
+def test_a_constant_picture_is_unchanged(value: int) -> None:
+    image = np.full((37, 23, 3), value, np.uint8)
+    np.testing.assert_array_equal(rtv_smooth(image), image)
+    as_float = np.full((37, 23, 3), value / 255, np.float32)
+    np.testing.assert_allclose(rtv_smooth(as_float), as_float, rtol=0, atol=1e-6)
+
+
+@SETTINGS
+@given(pictures(np.float64))
+def test_transposition_and_channel_order_commute(image: np.ndarray) -> None:
+    smooth = rtv_smooth(image, tol=1e-11)
+    np.testing.assert_allclose(rtv_smooth(image.swapaxes(0, 1), tol=1e-11), smooth.swapaxes(0, 1), rtol=0, atol=1e-8)
+    np.testing.assert_allclose(rtv_smooth(image[..., ::-1], tol=1e-11), smooth[..., ::-1], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("mode", ["exact", "matlab_pcg"])
+def test_instruction_sets_agree(dtype: type, mode: str) -> None:
+    image = np.random.default_rng(5).random((61, 83, 3)).astype(dtype)
+    portable = kernel(image, "portable", mode=mode)
+    for isa in _rtv.instruction_sets():
+        np.testing.assert_allclose(kernel(image, isa, mode=mode), portable, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 300, 3), (200, 7, 1), (150, 140, 3)])
+@pytest.mark.parametrize("mode", ["exact", "matlab_pcg"])
+def test_threads_do_not_change_the_result(shape: tuple[int, int, int], mode: str) -> None:
+    image = np.random.default_rng(6).random(shape).astype(np.float32)
+    alone = kernel(image, threads=1, mode=mode)
+    for threads in (2, 3, 5):
+        np.testing.assert_array_equal(kernel(image, threads=threads, mode=mode), alone)
+
+
+def test_matlab_mode_is_the_early_stopped_solver() -> None:
+    rng = np.random.default_rng(7)
+    image = rng.random((14, 11, 3))
+    image[:, :, 1] *= 0.1
+    image[3:8, 2:9] += 0.4
+    x, sigma, counts = image, 3.0, []
+    for _ in range(4):
+        matrix = rtv_matrix(*rtv_weights(x, sigma, 0.02), 0.01)
+        channels = [early_stopped(matrix, image[:, :, c].ravel()) for c in range(3)]
+        x = np.stack([solution.reshape(14, 11) for solution, _ in channels], axis=2)
+        counts.append(max(count for _, count in channels))
+        sigma = max(sigma / 2, 0.5)
+    smooth, info = rtv_smooth(image, mode="matlab_pcg", return_info=True)
+    np.testing.assert_allclose(smooth, x, rtol=0, atol=1e-12)
+    assert info.iterations.tolist() == [counts]
+    assert info.residuals.max() <= 0.1
+
+
+@pytest.mark.parametrize("layout", ["HW", "HWC", "NHWC"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
+def test_layouts_and_dtypes(layout: str, dtype: type) -> None:
+    shape = {"HW": (19, 26), "HWC": (19, 26, 3), "NHWC": (5, 19, 26, 3)}[layout]
+    values = np.random.default_rng(8).random(shape)
+    top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1
+    image = (np.rint(values * top) if top > 1 else values).astype(dtype)
+    smooth, info = rtv_smooth(image, return_info=True, threads=2)
+    assert smooth.shape == shape
+    assert smooth.dtype == dtype
+    assert info.iterations.shape == info.residuals.shape == (5 if layout == "NHWC" else 1, 4)
+    assert (info.residuals <= 3e-5).all()
+    batch = (image.reshape((-1, 19, 26, 1 if layout == "HW" else 3)) / top).astype(float)
+    exact = np.stack([rtv_reference(one) for one in batch]).reshape(shape)
+    step = 0.5 / top if top > 1 else 0.0
+    assert np.abs(smooth / top - exact).max() <= step + 0.1 / 255
+
+
+def test_strided_read_only_and_out() -> None:
+    base = np.random.default_rng(9).random((2, 40, 60, 3)).astype(np.float32)
+    view = base[:, ::2, ::-1].transpose(0, 2, 1, 3)
+    view.flags.writeable = False
+    expected = rtv_smooth(np.ascontiguousarray(view))
+    np.testing.assert_array_equal(rtv_smooth(view), expected)
+    out = np.zeros((2, 60, 20, 6), np.float32)[..., ::2]
+    assert rtv_smooth(view, out=out) is out
+    np.testing.assert_array_equal(out, expected)
+    in_place = np.ascontiguousarray(view)
+    rtv_smooth(in_place, out=in_place)
+    np.testing.assert_array_equal(in_place, expected)
+
+
+GOOD = np.zeros((8, 9, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "error", "message"),
+    [
+        (GOOD.astype(np.int32), {}, TypeError, "dtype int32"),
+        (GOOD.astype(np.float16), {}, TypeError, "dtype float16"),
+        (GOOD.astype(complex), {}, TypeError, "dtype complex128"),
+        (GOOD.astype(">f4"), {}, TypeError, "dtype >f4"),
+        (np.zeros((8, 9, 5), np.float32), {}, ValueError, "5 channels"),
+        (np.zeros((8, 9, 3, 3, 3), np.float32), {}, ValueError, "use HW, HWC or NHWC"),
+        (np.zeros(8, np.float32), {}, ValueError, "use HW, HWC or NHWC"),
+        (np.zeros((0, 9, 3), np.float32), {}, ValueError, "empty"),
+        (np.zeros((0, 8, 9, 3), np.float32), {}, ValueError, "empty"),
+        (np.where(np.arange(216).reshape(8, 9, 3) == 5, np.nan, GOOD), {}, ValueError, "NaN or infinity"),
+        (np.where(np.arange(216).reshape(8, 9, 3) == 5, np.inf, GOOD), {}, ValueError, "NaN or infinity"),
+        (GOOD + 200, {}, ValueError, "scale it to"),
+        (GOOD, {"lam": -0.01}, ValueError, "lam=-0.01"),
+        (GOOD, {"lam": float("nan")}, ValueError, "lam=nan"),
+        (GOOD, {"sigma": 0.0}, ValueError, "sigma=0.0"),
+        (GOOD, {"sigma": -1.0}, ValueError, "sigma=-1.0"),
+        (GOOD, {"sharpness": 0.0}, ValueError, "sharpness=0.0"),
+        (GOOD, {"iterations": 0}, ValueError, "iterations=0"),
+        (GOOD, {"tol": 0.0}, ValueError, "tol=0.0"),
+        (GOOD, {"threads": -1}, ValueError, "threads=-1"),
+        (GOOD, {"solver": "lu"}, ValueError, "solver='lu'"),
+        (GOOD, {"mode": "fast"}, ValueError, "mode='fast'"),
+        (GOOD, {"device": "tpu"}, ValueError, "device='tpu'"),
+        (GOOD, {"out": np.zeros((8, 9), np.float32)}, ValueError, "out must be"),
+        (GOOD, {"out": np.zeros((8, 9, 3))}, ValueError, "out must be"),
+        (np.zeros((2000, 2000), np.float32), {"solver": "direct"}, ValueError, "use solver='mic'"),
+    ],
+)
+def test_bad_input(image: np.ndarray, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        rtv_smooth(image, **options)
+
+
+def test_an_unreachable_tolerance_is_an_error() -> None:
+    image = np.random.default_rng(10).random((40, 40, 3)).astype(np.float32)
+    with pytest.raises(RuntimeError, match="did not reach tol"):
+        rtv_smooth(image, tol=1e-12)
+
+
+def test_from_many_threads_at_once() -> None:
+    images = np.random.default_rng(11).random((6, 50, 41, 3)).astype(np.float32)
+    expected = [rtv_smooth(image, threads=1) for image in images]
+    results: list[Any] = [None] * 6
+
+    def work(i: int) -> None:
+        results[i] = rtv_smooth(images[i], threads=2)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    np.testing.assert_array_equal(results, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+def test_in_forked_worker_processes() -> None:
+    image = np.random.default_rng(12).random((150, 130, 3)).astype(np.float32)
+    expected = rtv_smooth(image, threads=2)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        results = pool.map(rtv_smooth, [image] * 4)
+    np.testing.assert_array_equal(results, [expected] * 4)
