@@ -1,7 +1,8 @@
 """Fused Triton kernels of the denoising block and their plain-PyTorch oracle. Imports torch and triton only."""
 
 from dtpm_fast.kernels.adaln import adaln
+from dtpm_fast.kernels.block import BlockWeights, block_weights, denoising_block
 from dtpm_fast.kernels.channel_attention import channel_attention
 from dtpm_fast.kernels.simple_gate import simple_gate
 
-__all__ = ["adaln", "channel_attention", "simple_gate"]
+__all__ = ["BlockWeights", "adaln", "block_weights", "channel_attention", "denoising_block", "simple_gate"]

@@ -47,13 +47,28 @@ def adaln_backward_ref(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tu
     return grad_x, grad.sum((2, 3)), (grad * normal).sum((2, 3))
 
 
-@torch.library.custom_op("dtpm_fast::adaln", mutates_args=())
-def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def compute_adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """`adaln` without autograd, in `x`'s layout on every device."""
     if runs_triton(x):
         from dtpm_fast.kernels.adaln_triton import adaln_forward
 
         return adaln_forward(x, shift, scale, eps)
     return adaln_ref(x, shift, scale, eps).contiguous(memory_format=layout_of(x))
+
+
+def compute_adaln_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, in its dtype and layout, and of shift and scale, (B, C), in a wider dtype."""
+    if runs_triton(x):
+        from dtpm_fast.kernels.adaln_triton import adaln_backward
+
+        return adaln_backward(grad.contiguous(memory_format=layout_of(x)), x, scale, eps)
+    grad_x, grad_shift, grad_scale = adaln_backward_ref(grad, x, scale, eps)
+    return grad_x.to(x.dtype).contiguous(memory_format=layout_of(x)), grad_shift, grad_scale
+
+
+@torch.library.custom_op("dtpm_fast::adaln", mutates_args=())
+def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return compute_adaln(x, shift, scale, eps)
 
 
 @_adaln.register_fake
@@ -63,13 +78,7 @@ def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:  # noqa: A
 
 @torch.library.custom_op("dtpm_fast::adaln_backward", mutates_args=())
 def _adaln_backward(grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    if runs_triton(x):
-        from dtpm_fast.kernels.adaln_triton import adaln_backward
-
-        grad_x, grad_shift, grad_scale = adaln_backward(grad.contiguous(memory_format=layout_of(x)), x, scale, eps)
-    else:
-        grad_x, grad_shift, grad_scale = adaln_backward_ref(grad, x, scale, eps)
-        grad_x = grad_x.to(x.dtype).contiguous(memory_format=layout_of(x))
+    grad_x, grad_shift, grad_scale = compute_adaln_backward(grad, x, scale, eps)
     return grad_x, grad_shift.to(shift.dtype), grad_scale.to(scale.dtype)
 
 

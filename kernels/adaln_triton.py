@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from dtpm_fast.kernels.checks import is_channels_last
+from dtpm_fast.kernels.dispatch import Options
 from dtpm_fast.kernels.tiles import add_partials, programs_per_sample, sum_pixels, tile_offsets
 
 
@@ -13,12 +14,11 @@ def adaln_forward(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps
     """`adaln` of a dense map on a GPU, in its layout."""
     samples, channels, height, width = x.shape
     out = torch.empty_like(x)
-    block_c, block_p = _blocks(channels, is_channels_last(x))
-    grid = (triton.cdiv(height * width, block_p), samples)
+    options = launch_options(channels, is_channels_last(x))
+    grid = (triton.cdiv(height * width, options["BLOCK_P"]), samples)
     adaln_forward_kernel[grid](
         x, shift, scale, out, shift.stride(0), scale.stride(0), height * width, eps,
-        CHANNELS=channels, BLOCK_C=block_c, BLOCK_P=block_p, CHANNELS_LAST=is_channels_last(x),
-        num_warps=_warps(block_c, block_p),
+        CHANNELS=channels, CHANNELS_LAST=is_channels_last(x), **options,
     )  # fmt: skip
     return out
 
@@ -29,26 +29,22 @@ def adaln_backward(
     """Gradients of x (its dtype), shift and scale (float32); `grad` is in `x`'s layout. Bit-equal in every run."""
     samples, channels, height, width = x.shape
     grad_x = torch.empty_like(x)
-    block_c, block_p = _blocks(channels, is_channels_last(x))
-    programs = programs_per_sample(triton.cdiv(height * width, block_p), samples)
+    options = launch_options(channels, is_channels_last(x))
+    programs = programs_per_sample(triton.cdiv(height * width, options["BLOCK_P"]), samples)
     partials = torch.empty((2, samples, programs, channels), device=x.device, dtype=torch.float32)
     adaln_backward_kernel[(programs, samples)](
         grad, x, scale, grad_x, partials[0], partials[1], scale.stride(0), height * width, eps,
-        CHANNELS=channels, BLOCK_C=block_c, BLOCK_P=block_p, CHANNELS_LAST=is_channels_last(x),
-        num_warps=_warps(block_c, block_p),
+        CHANNELS=channels, CHANNELS_LAST=is_channels_last(x), **options,
     )  # fmt: skip
     return grad_x, add_partials(partials[0]), add_partials(partials[1])
 
 
-def _blocks(channels: int, channels_last: bool) -> tuple[int, int]:
-    """All channels, and pixels for a tile of about 2,048 elements; NCHW wants at least 16 pixels side by side."""
+def launch_options(channels: int, channels_last: bool) -> Options:
+    """Whole rows of channels, tiles of about 2,048 elements; NCHW wants at least 16 pixels side by side."""
     block_c = triton.next_power_of_2(channels)
-    return block_c, max(2048 // block_c, 1 if channels_last else 16)
-
-
-def _warps(block_c: int, block_p: int) -> int:
-    """16 elements a thread: the backward holds several tiles of them in registers."""
-    return min(max(block_c * block_p // 512, 4), 16)
+    block_p = max(2048 // block_c, 1 if channels_last else 16)
+    # 16 elements a thread: the backward holds several tiles in registers.
+    return {"BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": min(max(block_c * block_p // 512, 4), 16)}
 
 
 @triton.jit

@@ -46,17 +46,31 @@ def attention_backward(grad_attention: Tensor, mean: Tensor, weight: Tensor) -> 
         return grad_mean, grad_attention.t() @ mean, grad_attention.sum(0)
 
 
+def compute_channel_means(x: Tensor, other: Tensor | None = None) -> Tensor:
+    """Means over the pixels of `x`, or of `x · other` in the same layout: (B, C) in float64."""
+    if runs_triton(x):
+        from dtpm_fast.kernels.channel_attention_triton import channel_means
+
+        return channel_means(x, other)
+    return (x.double() if other is None else x.double() * other).mean((2, 3))
+
+
+def compute_scaling(x: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+    """`x · scale + offset` with scale and offset (B, C) in float64, in `x`'s dtype and layout."""
+    if runs_triton(x):
+        from dtpm_fast.kernels.channel_attention_triton import scale_channels
+
+        return scale_channels(x, scale.float(), None if offset is None else offset.float())
+    out = x.double() * scale[:, :, None, None]
+    out = out if offset is None else out + offset[:, :, None, None]
+    return out.to(x.dtype).contiguous(memory_format=layout_of(x))
+
+
 @torch.library.custom_op("dtpm_fast::channel_attention", mutates_args=())
 def _channel_attention(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """The result and the means (B, C) in float64, which the backward needs."""
-    if runs_triton(x):
-        from dtpm_fast.kernels.channel_attention_triton import channel_means, scale_channels
-
-        mean = channel_means(x)
-        return scale_channels(x, attention_of(mean, weight, bias).float()), mean
-    mean = x.mean((2, 3), dtype=torch.float64)
-    out = x * attention_of(mean, weight, bias)[:, :, None, None]
-    return out.to(x.dtype).contiguous(memory_format=layout_of(x)), mean
+    mean = compute_channel_means(x)
+    return compute_scaling(x, attention_of(mean, weight, bias)), mean
 
 
 @_channel_attention.register_fake
@@ -70,19 +84,10 @@ def _channel_attention_backward(
     grad: Tensor, x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     pixels = x.shape[2] * x.shape[3]
-    attention = attention_of(mean, weight, bias)
-    if runs_triton(x):
-        from dtpm_fast.kernels.channel_attention_triton import channel_means, scale_channels
-
-        grad = grad.contiguous(memory_format=layout_of(x))
-        grad_attention = channel_means(x, grad) * pixels
-        grad_mean, grad_weight, grad_bias = attention_backward(grad_attention, mean, weight)
-        grad_x = scale_channels(grad, attention.float(), (grad_mean / pixels).float())
-    else:
-        wide = grad.to(mean.dtype)
-        grad_mean, grad_weight, grad_bias = attention_backward((wide * x).sum((2, 3)), mean, weight)
-        grad_x = wide * attention[:, :, None, None] + grad_mean[:, :, None, None] / pixels
-        grad_x = grad_x.to(x.dtype).contiguous(memory_format=layout_of(x))
+    grad = grad.contiguous(memory_format=layout_of(x))
+    grad_attention = compute_channel_means(x, grad) * pixels
+    grad_mean, grad_weight, grad_bias = attention_backward(grad_attention, mean, weight)
+    grad_x = compute_scaling(grad, attention_of(mean, weight, bias), grad_mean / pixels)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 

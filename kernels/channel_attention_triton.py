@@ -13,7 +13,7 @@ def channel_means(x: torch.Tensor, other: torch.Tensor | None = None) -> torch.T
     """Mean over the pixels of `x`, or of `x · other` (same layout): (B, C) in float64."""
     samples, channels, height, width = x.shape
     pixels = height * width
-    block_c, block_p = _blocks(channels)
+    block_c, block_p = blocks_of(channels)
     programs = programs_per_sample(triton.cdiv(pixels, block_p), samples)
     partials = torch.empty((samples, programs, channels), device=x.device, dtype=torch.float32)
     channel_sums_kernel[(programs, samples, triton.cdiv(channels, block_c))](
@@ -29,7 +29,7 @@ def scale_channels(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | 
     samples, channels, height, width = x.shape
     pixels = height * width
     out = torch.empty_like(x)
-    block_c, block_p = _blocks(channels)
+    block_c, block_p = blocks_of(channels)
     scale_channels_kernel[(triton.cdiv(pixels, block_p), samples, triton.cdiv(channels, block_c))](
         x, scale, scale if offset is None else offset, out, pixels,
         CHANNELS=channels, BLOCK_C=block_c, BLOCK_P=block_p,
@@ -38,7 +38,8 @@ def scale_channels(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | 
     return out
 
 
-def _blocks(channels: int) -> tuple[int, int]:
+def blocks_of(channels: int) -> tuple[int, int]:
+    """Channels and pixels of a tile of 2,048 elements."""
     block_c = min(triton.next_power_of_2(channels), 64)
     return block_c, 2048 // block_c
 

@@ -30,13 +30,28 @@ def simple_gate_ref(x: Tensor) -> Tensor:
     return a * b
 
 
-@torch.library.custom_op("dtpm_fast::simple_gate", mutates_args=())
-def _simple_gate(x: Tensor) -> Tensor:
+def compute_simple_gate(x: Tensor) -> Tensor:
+    """`simple_gate` without autograd, in `x`'s layout on every device."""
     if runs_triton(x):
         from dtpm_fast.kernels.simple_gate_triton import simple_gate_forward
 
         return simple_gate_forward(x)
     return simple_gate_ref(x).contiguous(memory_format=layout_of(x))
+
+
+def compute_simple_gate_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of x, in its layout."""
+    if runs_triton(x):
+        from dtpm_fast.kernels.simple_gate_triton import simple_gate_backward
+
+        return simple_gate_backward(grad.contiguous(memory_format=layout_of(x)), x)
+    a, b = x.chunk(2, dim=1)
+    return torch.cat((grad * b, grad * a), dim=1).contiguous(memory_format=layout_of(x))
+
+
+@torch.library.custom_op("dtpm_fast::simple_gate", mutates_args=())
+def _simple_gate(x: Tensor) -> Tensor:
+    return compute_simple_gate(x)
 
 
 @_simple_gate.register_fake
@@ -47,12 +62,7 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("dtpm_fast::simple_gate_backward", mutates_args=())
 def _simple_gate_backward(grad: Tensor, x: Tensor) -> Tensor:
-    if runs_triton(x):
-        from dtpm_fast.kernels.simple_gate_triton import simple_gate_backward
-
-        return simple_gate_backward(grad.contiguous(memory_format=layout_of(x)), x)
-    a, b = x.chunk(2, dim=1)
-    return torch.cat((grad * b, grad * a), dim=1).contiguous(memory_format=layout_of(x))
+    return compute_simple_gate_backward(grad, x)
 
 
 @_simple_gate_backward.register_fake

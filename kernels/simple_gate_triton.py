@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from dtpm_fast.kernels.checks import is_channels_last, layout_of
+from dtpm_fast.kernels.dispatch import Options
 
 
 def simple_gate_forward(x: torch.Tensor) -> torch.Tensor:
@@ -27,15 +28,20 @@ def simple_gate_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return grad_x
 
 
-def _plan(x: torch.Tensor) -> tuple[tuple[int], int, int, dict[str, int]]:
+def _plan(x: torch.Tensor) -> tuple[tuple[int], int, int, Options]:
     samples, channels, height, width = x.shape
     rows, half = samples, channels // 2 * height * width
     if is_channels_last(x):
         rows, half = samples * height * width, channels // 2
+    blocks = blocks_of(half)
+    grid = (triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(half, blocks["BLOCK_HALF"]),)
+    return grid, rows, half, blocks
+
+
+def blocks_of(half: int) -> Options:
+    """Rows of `half` elements and how much of each make a tile of 2,048 elements."""
     block_half = min(triton.next_power_of_2(half), 1024)
-    block_rows = 2048 // block_half
-    grid = (triton.cdiv(rows, block_rows) * triton.cdiv(half, block_half),)
-    return grid, rows, half, {"BLOCK_ROWS": block_rows, "BLOCK_HALF": block_half}
+    return {"BLOCK_ROWS": 2048 // block_half, "BLOCK_HALF": block_half}
 
 
 @triton.jit

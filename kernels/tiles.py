@@ -10,9 +10,14 @@ from dtpm_fast.kernels.device import INTERPRETED
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
-def programs_per_sample(tiles: int, samples: int) -> int:
-    """Programs that share one sample's tiles: about a thousand in all, whatever the GPU, so sums keep their order."""
-    return min(tiles, max(1, 1056 // samples))
+def programs_per_sample(tiles: int, samples: int, total: int = 1056) -> int:
+    """Programs that share one sample's tiles, about `total` in all, whatever the GPU, so that sums keep their order."""
+    return min(tiles, max(1, total // samples))
+
+
+def empty_map(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """A new channels_last map of this shape, with the dtype and device of `like`."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def add_partials(partials: torch.Tensor) -> torch.Tensor:

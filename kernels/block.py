@@ -1,0 +1,220 @@
+"""The denoising block of figure 4 as one call, with the merged CG-adapter behind it.
+
+h = AdaLN(x; shift1, scale1) → 1×1 C→2C → depth-wise 3×3 → SimpleGate → channel attention → 1×1 C→C
+y = x + beta · h
+h = AdaLN(y; shift2, scale2) → 1×1 C→2C → SimpleGate → 1×1 C→C
+z = y + gamma · h
+adapter: A z + bias map
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtpm_fast.kernels.adaln import adaln_ref
+from dtpm_fast.kernels.block_compute import BlockWeights, Modulation, block_backward, block_forward
+from dtpm_fast.kernels.channel_attention import channel_attention_ref
+from dtpm_fast.kernels.checks import check_map, check_modulation, check_parameter, check_vector
+from dtpm_fast.kernels.device import cast_for_autocast, runs_triton
+from dtpm_fast.kernels.simple_gate import simple_gate_ref
+
+
+def denoising_block(
+    x: Tensor,
+    shift1: Tensor,
+    scale1: Tensor,
+    shift2: Tensor,
+    scale2: Tensor,
+    weights: BlockWeights,
+    adapter: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The block, differentiable in everything; the backward keeps x, y and (B, C) means, and recomputes the rest.
+
+    Args:
+        x: (B, C, H, W); channels_last, or contiguous, which costs a copy on a GPU.
+        shift1, scale1, shift2, scale2: (B, C), any floating dtype; chunks of a wider tensor will do.
+        weights: `block_weights(module)`; the convolutions in `x`'s dtype, or any under torch.autocast.
+        adapter: a merged CG-adapter: matrix (C, C) and bias map (B, C, H, W).
+        eps: of AdaLN.
+
+    Returns: (B, C, H, W), channels_last on a GPU, in `x`'s dtype, or autocast's where that is on.
+    Raises: `ValueError` for a wrong shape, stride or device, `TypeError` for a wrong dtype.
+    """
+    x, *cast = cast_for_autocast(x, *weights, *(adapter or ()))
+    weights, adapter = BlockWeights(*cast[:14]), (cast[14], cast[15]) if adapter else None
+    modulation = Modulation(shift1, scale1, shift2, scale2)
+    _check(x, modulation, weights, adapter)
+    if not runs_triton(x):
+        return denoising_block_ref(x, *modulation, weights, adapter, eps)
+    x = x.contiguous(memory_format=torch.channels_last)
+    matrix, bias_map = (None, None) if adapter is None else adapter
+    if bias_map is not None:
+        bias_map = bias_map.contiguous(memory_format=torch.channels_last)
+    differentiable = [x, *modulation, *weights, *(adapter or ())]
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)):
+        return _block(x, modulation, weights, matrix, bias_map, eps)
+    z = _block_train(x, modulation, weights, eps)[0]
+    if matrix is None or bias_map is None:
+        return z
+    return F.conv2d(z, matrix[:, :, None, None]) + bias_map
+
+
+def denoising_block_ref(
+    x: Tensor,
+    shift1: Tensor,
+    scale1: Tensor,
+    shift2: Tensor,
+    scale2: Tensor,
+    weights: BlockWeights,
+    adapter: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The oracle of `denoising_block`."""
+    w = weights
+    h = F.conv2d(adaln_ref(x, shift1, scale1, eps), w.conv1_weight, w.conv1_bias)
+    h = simple_gate_ref(F.conv2d(h, w.conv2_weight, w.conv2_bias, padding=1, groups=h.shape[1]))
+    h = channel_attention_ref(h, w.sca_weight, w.sca_bias)
+    y = x + w.beta.to(x.dtype) * F.conv2d(h, w.conv3_weight, w.conv3_bias)
+    h = simple_gate_ref(F.conv2d(adaln_ref(y, shift2, scale2, eps), w.conv4_weight, w.conv4_bias))
+    z = y + w.gamma.to(x.dtype) * F.conv2d(h, w.conv5_weight, w.conv5_bias)
+    if adapter is None:
+        return z
+    matrix, bias_map = adapter
+    return F.conv2d(z, matrix[:, :, None, None]) + bias_map
+
+
+def block_weights(module: nn.Module) -> BlockWeights:
+    """The parameters of a module with NAFNet's names: conv1 to conv5, sca.1, beta, gamma.
+
+    Raises: `ValueError` naming the parameter that is missing.
+    """
+    found = []
+    for name in BlockWeights._fields:
+        path = name.replace("sca_", "sca.1_").replace("_", ".")
+        try:
+            parameter = module.get_parameter(path)
+        except AttributeError as error:
+            raise ValueError(
+                f"module {type(module).__name__} is no NAFNet block: it has no parameter {path}"
+            ) from error
+        found.append(parameter)
+    return BlockWeights(*found)
+
+
+def _check(x: Tensor, modulation: Modulation, weights: BlockWeights, adapter: tuple[Tensor, Tensor] | None) -> None:
+    check_map("x", x)
+    for name, vector in zip(Modulation._fields, modulation, strict=True):
+        check_modulation(name, vector, x)
+    c = x.shape[1]
+    square, doubled = (c, c, 1, 1), (2 * c, c, 1, 1)
+    shapes = [
+        doubled,
+        (2 * c,),
+        (2 * c, 1, 3, 3),
+        (2 * c,),
+        square,
+        (c,),
+        square,
+        (c,),
+        doubled,
+        (2 * c,),
+        square,
+        (c,),
+    ]
+    for name, weight, shape in zip(BlockWeights._fields, weights, shapes, strict=False):
+        check_parameter(name, weight, shape, x)
+    check_vector("beta", weights.beta, (1, c, 1, 1), x)
+    check_vector("gamma", weights.gamma, (1, c, 1, 1), x)
+    if adapter is not None:
+        check_parameter("adapter[0]", adapter[0], (c, c), x)
+        check_map("adapter[1]", adapter[1])
+        if adapter[1].shape != x.shape or adapter[1].dtype != x.dtype or adapter[1].device != x.device:
+            raise ValueError(f"adapter[1] must have x's shape {tuple(x.shape)}, dtype and device")
+
+
+@torch.library.custom_op("dtpm_fast::denoising_block", mutates_args=())
+def _block(
+    x: Tensor,
+    modulation: list[Tensor],
+    weights: list[Tensor],
+    matrix: Tensor | None,
+    bias_map: Tensor | None,
+    eps: float,
+) -> Tensor:
+    adapter = None if matrix is None or bias_map is None else (matrix, bias_map)
+    return block_forward(x, Modulation(*modulation), BlockWeights(*weights), adapter, eps, save=False)[0]
+
+
+@_block.register_fake
+def _(
+    x: Tensor,
+    modulation: list[Tensor],  # noqa: ARG001
+    weights: list[Tensor],  # noqa: ARG001
+    matrix: Tensor | None,  # noqa: ARG001
+    bias_map: Tensor | None,  # noqa: ARG001
+    eps: float,  # noqa: ARG001
+) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("dtpm_fast::denoising_block_train", mutates_args=())
+def _block_train(
+    x: Tensor, modulation: list[Tensor], weights: list[Tensor], eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output and what the backward keeps: y and the gate's means."""
+    z, y, mean = block_forward(x, Modulation(*modulation), BlockWeights(*weights), None, eps, save=True)
+    assert y is not None
+    return z, y, mean
+
+
+@_block_train.register_fake
+def _(
+    x: Tensor,
+    modulation: list[Tensor],  # noqa: ARG001
+    weights: list[Tensor],  # noqa: ARG001
+    eps: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    z, y = (torch.empty_like(x, memory_format=torch.channels_last) for _ in range(2))
+    return z, y, x.new_empty(x.shape[:2], dtype=torch.float64)
+
+
+@torch.library.custom_op("dtpm_fast::denoising_block_backward", mutates_args=())
+def _block_backward(
+    grad: Tensor, x: Tensor, y: Tensor, mean: Tensor, modulation: list[Tensor], weights: list[Tensor], eps: float
+) -> list[Tensor]:
+    """Gradients of x, the modulation and the weights, in this order."""
+    grad_x, grad_modulation, grad_weights = block_backward(
+        grad, x, y, mean, Modulation(*modulation), BlockWeights(*weights), eps
+    )
+    return [grad_x, *grad_modulation, *grad_weights]
+
+
+@_block_backward.register_fake
+def _(
+    grad: Tensor,  # noqa: ARG001
+    x: Tensor,
+    y: Tensor,  # noqa: ARG001
+    mean: Tensor,  # noqa: ARG001
+    modulation: list[Tensor],
+    weights: list[Tensor],
+    eps: float,  # noqa: ARG001
+) -> list[Tensor]:
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+    return [grad_x, *(tensor.new_empty(tensor.shape) for tensor in (*modulation, *weights))]
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, modulation, weights, ctx.eps = inputs
+    _, y, mean = output
+    ctx.mark_non_differentiable(y, mean)
+    ctx.save_for_backward(x, y, mean, *modulation, *weights)
+
+
+def _backward(ctx, grad, grad_y, grad_mean):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    x, y, mean, *rest = ctx.saved_tensors
+    grad_x, *grads = _block_backward(grad, x, y, mean, rest[:4], rest[4:], ctx.eps)
+    return grad_x, grads[:4], grads[4:], None
+
+
+_block_train.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,291 @@
+"""The denoising block's forward and backward without autograd, group by group: fused where the table says so.
+
+A group that is not fused is made of matrix products (cuBLAS) and the stand-alone kernels; on the CPU, of PyTorch alone,
+which is how its algebra is checked in float64. All maps are channels_last.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtpm_fast.kernels.adaln import compute_adaln, compute_adaln_backward
+from dtpm_fast.kernels.channel_attention import (
+    attention_backward,
+    attention_of,
+    compute_channel_means,
+    compute_scaling,
+)
+from dtpm_fast.kernels.device import runs_triton
+from dtpm_fast.kernels.dispatch import Options, options_of
+from dtpm_fast.kernels.simple_gate import compute_simple_gate, compute_simple_gate_backward
+
+
+class BlockWeights(NamedTuple):
+    """A block's parameters in NAFNet's shapes: 1×1 weights (outputs, inputs, 1, 1), beta and gamma (1, C, 1, 1)."""
+
+    conv1_weight: Tensor  # (2C, C, 1, 1)
+    conv1_bias: Tensor
+    conv2_weight: Tensor  # (2C, 1, 3, 3)
+    conv2_bias: Tensor
+    sca_weight: Tensor  # (C, C, 1, 1)
+    sca_bias: Tensor
+    conv3_weight: Tensor  # (C, C, 1, 1)
+    conv3_bias: Tensor
+    conv4_weight: Tensor  # (2C, C, 1, 1)
+    conv4_bias: Tensor
+    conv5_weight: Tensor  # (C, C, 1, 1)
+    conv5_bias: Tensor
+    beta: Tensor
+    gamma: Tensor
+
+
+class Modulation(NamedTuple):
+    """Shifts and scales of the block's two AdaLN, (B, C) each."""
+
+    shift1: Tensor
+    scale1: Tensor
+    shift2: Tensor
+    scale2: Tensor
+
+
+def block_forward(
+    x: Tensor,
+    modulation: Modulation,
+    weights: BlockWeights,
+    adapter: tuple[Tensor, Tensor] | None,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The block's output; y, the map between its halves, when `save`; and the gate's means (B, C) in float64."""
+    with torch.autocast(x.device.type, enabled=False):
+        h = _adaln_conv1x1(x, modulation, weights, eps)
+        g, mean = _dwconv_gate_pool(h, weights)
+        attention = attention_of(mean, weights.sca_weight, weights.sca_bias)
+        z, y = _attention_ffn(g, attention, x, modulation, weights, adapter, eps, save)
+    return z, y, mean
+
+
+def block_backward(
+    grad: Tensor, x: Tensor, y: Tensor, mean: Tensor, modulation: Modulation, weights: BlockWeights, eps: float
+) -> tuple[Tensor, Modulation, BlockWeights]:
+    """Gradients of the block's input, modulation and weights, each in its own shape and dtype.
+
+    The maps between are computed once more from x, y and the means. Every sum is taken in one fixed order.
+    """
+    pixels = x.shape[2] * x.shape[3]
+    with torch.autocast(x.device.type, enabled=False):
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_y, shift2, scale2, conv4, conv4_bias, conv5, conv5_bias, gamma = _ffn_backward(
+            grad, y, modulation, weights, eps
+        )
+        h = _adaln_conv1x1(x, modulation, weights, eps)
+        g, _ = _dwconv_gate_pool(h, weights)
+        attention = attention_of(mean, weights.sca_weight, weights.sca_bias)
+        grad_g, grad_attention, conv3, conv3_bias, beta = _conv3_backward(grad_y, g, attention, weights)
+        grad_mean, sca, sca_bias = attention_backward(grad_attention, mean, weights.sca_weight)
+        grad_h = _gate_backward(grad_g, attention, grad_mean / pixels, h, weights)
+        grad_h, conv2, conv2_bias = _dwconv_backward(grad_h, h, weights)
+        grad_x, shift1, scale1, conv1, conv1_bias = _adaln_conv1x1_backward(grad_h, grad_y, x, modulation, weights, eps)
+    grads = (conv1, conv1_bias, conv2, conv2_bias, sca, sca_bias, conv3, conv3_bias)
+    grads += (conv4, conv4_bias, conv5, conv5_bias, beta, gamma)
+    return (
+        grad_x,
+        Modulation(*(g.to(v.dtype) for g, v in zip((shift1, scale1, shift2, scale2), modulation, strict=True))),
+        BlockWeights(*(g.reshape(w.shape).to(w.dtype) for g, w in zip(grads, weights, strict=True))),
+    )
+
+
+def _fused(kernel: str, x: Tensor) -> Options | None:
+    return options_of(kernel, x.shape[1], x.dtype) if runs_triton(x) else None
+
+
+def _always_fused(kernel: str, x: Tensor) -> Options:
+    options = options_of(kernel, x.shape[1], x.dtype)
+    assert options is not None, f"the dispatch table has no entry for {kernel}, which has no other form"
+    return options
+
+
+def _conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def _conv1x1_input(grad: Tensor, weight: Tensor) -> Tensor:
+    return _conv1x1(grad, weight.flatten(1).t())
+
+
+def _conv1x1_weight(grad: Tensor, x: Tensor) -> Tensor:
+    rows = [tensor.permute(0, 2, 3, 1).flatten(0, 2) for tensor in (grad, x)]
+    return rows[0].t() @ rows[1]
+
+
+def _sums(x: Tensor, other: Tensor | None = None) -> Tensor:
+    """Sums over the pixels, (B, C) in float64."""
+    return compute_channel_means(x, other) * (x.shape[2] * x.shape[3])
+
+
+def _adaln_conv1x1(x: Tensor, modulation: Modulation, weights: BlockWeights, eps: float) -> Tensor:
+    shift, scale = modulation.shift1, modulation.scale1
+    options = _fused("adaln_conv1x1_forward", x)
+    if options is None:
+        return _conv1x1(compute_adaln(x, shift, scale, eps), weights.conv1_weight, weights.conv1_bias)
+    from dtpm_fast.kernels.adaln_conv1x1_triton import adaln_conv1x1_forward
+
+    return adaln_conv1x1_forward(x, shift, scale, weights.conv1_weight, weights.conv1_bias, eps, options)
+
+
+def _dwconv_gate_pool(h: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
+    if runs_triton(h):
+        from dtpm_fast.kernels.dwconv_triton import dwconv_gate_pool_forward
+
+        options = _always_fused("dwconv_gate_pool_forward", h)
+        return dwconv_gate_pool_forward(h, weights.conv2_weight, weights.conv2_bias, options)
+    g = compute_simple_gate(F.conv2d(h, weights.conv2_weight, weights.conv2_bias, padding=1, groups=h.shape[1]))
+    return g, compute_channel_means(g)
+
+
+def _attention_ffn(
+    g: Tensor,
+    attention: Tensor,
+    x: Tensor,
+    modulation: Modulation,
+    weights: BlockWeights,
+    adapter: tuple[Tensor, Tensor] | None,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    options = _fused("attention_ffn_forward", x)
+    if options is not None:
+        from dtpm_fast.kernels.attention_ffn_triton import attention_ffn_forward
+
+        return attention_ffn_forward(
+            g,
+            attention.float(),
+            x,
+            (weights.conv3_weight, weights.conv3_bias),
+            weights.beta,
+            (modulation.shift2, modulation.scale2),
+            (weights.conv4_weight, weights.conv4_bias),
+            (weights.conv5_weight, weights.conv5_bias),
+            weights.gamma,
+            adapter,
+            eps,
+            save,
+            options,
+        )
+    h = _conv1x1(compute_scaling(g, attention), weights.conv3_weight, weights.conv3_bias)
+    y = torch.addcmul(x, h, weights.beta.to(x.dtype))
+    h = compute_adaln(y, modulation.shift2, modulation.scale2, eps)
+    h = compute_simple_gate(_conv1x1(h, weights.conv4_weight, weights.conv4_bias))
+    h = _conv1x1(h, weights.conv5_weight, weights.conv5_bias)
+    z = torch.addcmul(y, h, weights.gamma.to(x.dtype))
+    if adapter is not None:
+        z = _conv1x1(z, adapter[0]) + adapter[1]
+    return z.contiguous(memory_format=torch.channels_last), y if save else None
+
+
+def _ffn_backward(
+    grad: Tensor, y: Tensor, modulation: Modulation, weights: BlockWeights, eps: float
+) -> tuple[Tensor, ...]:
+    """Gradients of y, shift2, scale2, conv4 (weight, bias), conv5 (weight, bias), gamma."""
+    options = _fused("ffn_backward", y)
+    if options is not None:
+        from dtpm_fast.kernels.attention_ffn_triton import ffn_backward
+
+        grad_y, shift, scale, conv4, conv4_bias, product, total = ffn_backward(
+            grad,
+            y,
+            (modulation.shift2, modulation.scale2),
+            (weights.conv4_weight, weights.conv4_bias),
+            weights.conv5_weight,
+            weights.gamma,
+            eps,
+            options,
+        )
+        conv5, conv5_bias, gamma = _scaled_conv_backward(
+            product, total, weights.conv5_weight, weights.conv5_bias, weights.gamma
+        )
+        return grad_y, shift, scale, conv4, conv4_bias, conv5, conv5_bias, gamma
+    h = compute_adaln(y, modulation.shift2, modulation.scale2, eps)
+    h4 = _conv1x1(h, weights.conv4_weight, weights.conv4_bias)
+    q = compute_simple_gate(h4)
+    gamma = _sums(_conv1x1(q, weights.conv5_weight, weights.conv5_bias), grad).sum(0)
+    grad_out = grad * weights.gamma.to(grad.dtype)
+    conv5, conv5_bias = _conv1x1_weight(grad_out, q), _sums(grad_out).sum(0)
+    grad_h4 = compute_simple_gate_backward(_conv1x1_input(grad_out, weights.conv5_weight), h4)
+    conv4, conv4_bias = _conv1x1_weight(grad_h4, h), _sums(grad_h4).sum(0)
+    grad_h = _conv1x1_input(grad_h4, weights.conv4_weight)
+    grad_y, shift, scale = compute_adaln_backward(grad_h, y, modulation.scale2, eps)
+    return grad + grad_y, shift, scale, conv4, conv4_bias, conv5, conv5_bias, gamma
+
+
+def _conv3_backward(grad: Tensor, g: Tensor, attention: Tensor, weights: BlockWeights) -> tuple[Tensor, ...]:
+    """Gradients of conv3's input, attention (B, C), conv3 (weight, bias), beta; `grad` is y's."""
+    options = _fused("conv3_backward", g)
+    if options is not None:
+        from dtpm_fast.kernels.attention_ffn_triton import conv3_backward
+
+        grad_input, products, totals = conv3_backward(grad, g, weights.conv3_weight, weights.beta, options)
+        beta, conv3 = weights.beta.double().flatten(), weights.conv3_weight.double().flatten(1)
+        grad_attention = (beta[:, None] * conv3 * products).sum(1)
+        product = (products * attention[:, None, :]).sum(0)
+        return (
+            grad_input,
+            grad_attention,
+            *_scaled_conv_backward(product, totals.sum(0), weights.conv3_weight, weights.conv3_bias, weights.beta),
+        )
+    scaled = compute_scaling(g, attention)
+    beta = _sums(_conv1x1(scaled, weights.conv3_weight, weights.conv3_bias), grad).sum(0)
+    grad_out = grad * weights.beta.to(grad.dtype)
+    grad_input = _conv1x1_input(grad_out, weights.conv3_weight)
+    conv3, conv3_bias = _conv1x1_weight(grad_out, scaled), _sums(grad_out).sum(0)
+    return grad_input, _sums(grad_input, g), conv3, conv3_bias, beta
+
+
+def _scaled_conv_backward(
+    product: Tensor, total: Tensor, weight: Tensor, bias: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of W, b and s in `s · (W q + b)`, from Σ grad·qᵀ (C, C) and Σ grad (C) over the pixels, in float64."""
+    weight, bias, scale = weight.double().flatten(1), bias.double(), scale.double().flatten()
+    return scale[:, None] * product, scale * total, (weight * product).sum(1) + bias * total
+
+
+def _gate_backward(grad: Tensor, scale: Tensor, offset: Tensor, h: Tensor, weights: BlockWeights) -> Tensor:
+    if runs_triton(h):
+        from dtpm_fast.kernels.dwconv_triton import gate_backward
+
+        options = _always_fused("gate_backward", h)
+        return gate_backward(grad, scale.float(), offset.float(), h, weights.conv2_weight, weights.conv2_bias, options)
+    h = F.conv2d(h, weights.conv2_weight, weights.conv2_bias, padding=1, groups=h.shape[1])
+    return compute_simple_gate_backward(compute_scaling(grad, scale, offset), h)
+
+
+def _dwconv_backward(grad: Tensor, h: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the depth-wise convolution's input, weight and bias."""
+    if runs_triton(h):
+        from dtpm_fast.kernels.dwconv_triton import dwconv_backward
+
+        return dwconv_backward(grad, h, weights.conv2_weight, _always_fused("dwconv_backward", h))
+    groups = h.shape[1]
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        grad, h, weights.conv2_weight, [groups], [1, 1], [1, 1], [1, 1], False, [0, 0], groups, [True, True, True]
+    )
+    return grads
+
+
+def _adaln_conv1x1_backward(
+    grad: Tensor, residual: Tensor, x: Tensor, modulation: Modulation, weights: BlockWeights, eps: float
+) -> tuple[Tensor, ...]:
+    """Gradients of x (plus `residual`), shift1, scale1, conv1 (weight, bias)."""
+    shift, scale = modulation.shift1, modulation.scale1
+    options = _fused("adaln_conv1x1_backward", x)
+    if options is not None:
+        from dtpm_fast.kernels.adaln_conv1x1_triton import adaln_conv1x1_backward
+
+        return adaln_conv1x1_backward(grad, residual, x, shift, scale, weights.conv1_weight, eps, options)
+    h = compute_adaln(x, shift, scale, eps)
+    conv1, conv1_bias = _conv1x1_weight(grad, h), _sums(grad).sum(0)
+    grad_h = _conv1x1_input(grad, weights.conv1_weight)
+    grad_x, grad_shift, grad_scale = compute_adaln_backward(grad_h, x, scale, eps)
+    return residual + grad_x, grad_shift, grad_scale, conv1, conv1_bias

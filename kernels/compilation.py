@@ -1,0 +1,213 @@
+"""Compiles every kernel of the dispatch table for GPUs that need not be there, and reads what ptxas made of it.
+
+python -m dtpm_fast.kernels.compilation                    prints the table of registers, spills and shared memory
+python -m dtpm_fast.kernels.compilation --write FILE.md    puts it between the file's two marker lines
+"""
+# The interpreter replaces the compiler, so this does not run under TRITON_INTERPRET=1.
+
+import argparse
+import dataclasses
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dtpm_fast.atomic import atomic_path
+from dtpm_fast.commands.run import run
+from dtpm_fast.errors import UserError
+from dtpm_fast.kernels import (
+    adaln_conv1x1_triton,
+    adaln_triton,
+    attention_ffn_triton,
+    channel_attention_triton,
+    dwconv_triton,
+    simple_gate_triton,
+)
+from dtpm_fast.kernels.adaln_conv1x1_triton import block_of
+from dtpm_fast.kernels.dispatch import Options, options_of
+
+CAPABILITIES = (80, 90)
+CHANNELS = (16, 32, 48, 64, 128, 256, 512)
+MARKERS = ("<!-- compiled kernels: begin -->", "<!-- compiled kernels: end -->")
+
+# Pointers to float32 whatever the maps hold: sums, and vectors that were sums.
+FLOAT32 = {
+    "adaln_backward_kernel": {"grad_shift_ptr", "grad_scale_ptr"},
+    "channel_sums_kernel": {"sums_ptr"},
+    "scale_channels_kernel": {"scale_ptr", "offset_ptr"},
+    "adaln_conv1x1_backward_kernel": {"grad_shift_ptr", "grad_scale_ptr", "grad_weight_ptr", "grad_bias_ptr"},
+    "dwconv_gate_pool_kernel": {"sums_ptr"},
+    "gate_backward_kernel": {"scale_ptr", "offset_ptr"},
+    "dwconv_backward_kernel": {"sums_ptr"},
+    "attention_ffn_forward_kernel": {"attention_ptr"},
+    "ffn_backward_kernel": {"vectors_ptr", "matrices_ptr"},
+    "conv3_backward_kernel": {"vectors_ptr", "matrices_ptr"},
+}
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel as it is launched for maps of `channels` in `dtype`."""
+
+    kernel: Any
+    channels: int
+    dtype: torch.dtype
+    constants: dict[str, int | bool]
+    options: Options
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__.removesuffix("_kernel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """Of one compiled kernel: registers and local memory (spills) a thread, shared memory in bytes."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel at every channel count and dtype at which the dispatch table runs it."""
+    for channels in CHANNELS:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            yield from _stand_alone(channels, dtype)
+            yield from _fused(channels, dtype)
+
+
+def compile_case(case: Case, capability: int) -> Resources:
+    """Compile for sm_`capability`. Raises what Triton raises when the kernel does not compile."""
+    kernel = case.kernel
+    constants = {name: value for name, value in case.constants.items() if name in kernel.arg_names}
+    # The rest of the launch's options are the compiler's.
+    constants |= {name: value for name, value in case.options.items() if name in kernel.arg_names}
+    options = {name: value for name, value in case.options.items() if name not in kernel.arg_names}
+    pointer = "*" + NAMES[case.dtype]
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name in FLOAT32.get(kernel.fn.__name__, ()) else pointer
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "eps" else "i32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, spilled = _resource_usage(compiled.asm["cubin"])
+    return Resources(registers, spilled, compiled.metadata.shared)
+
+
+def _stand_alone(channels: int, dtype: torch.dtype) -> Iterator[Case]:
+    for channels_last in (True, False):
+        layout = {"CHANNELS": channels, "CHANNELS_LAST": channels_last}
+        options = adaln_triton.launch_options(channels, channels_last)
+        for kernel in (adaln_triton.adaln_forward_kernel, adaln_triton.adaln_backward_kernel):
+            yield Case(kernel, channels, dtype, layout, options)
+        block_c, block_p = channel_attention_triton.blocks_of(channels)
+        blocks = {"BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": 4}
+        for flag in (False, True):
+            constants = layout | {"PRODUCT": flag, "OFFSET": flag}
+            yield Case(channel_attention_triton.channel_sums_kernel, channels, dtype, constants, blocks)
+            yield Case(channel_attention_triton.scale_channels_kernel, channels, dtype, constants, blocks)
+    blocks = simple_gate_triton.blocks_of(channels) | {"num_warps": 4}
+    for kernel in (simple_gate_triton.simple_gate_forward_kernel, simple_gate_triton.simple_gate_backward_kernel):
+        yield Case(kernel, channels, dtype, {}, blocks)
+
+
+def _fused(channels: int, dtype: torch.dtype) -> Iterator[Case]:
+    doubled = {"CHANNELS": 2 * channels}
+    plain = {"CHANNELS": channels, "OUTPUTS": 2 * channels, "BLOCK_C": block_of(channels)}
+    single = {"CHANNELS": channels}
+    k1, k2, k3 = adaln_conv1x1_triton, dwconv_triton, attention_ffn_triton
+    table: list[tuple[str, Any, dict[str, int | bool]]] = [
+        ("adaln_conv1x1_forward", k1.adaln_conv1x1_forward_kernel, {**plain}),
+        ("adaln_conv1x1_backward", k1.adaln_conv1x1_backward_kernel, {**plain}),
+        ("dwconv_gate_pool_forward", k2.dwconv_gate_pool_kernel, {**single}),
+        ("gate_backward", k2.gate_backward_kernel, {**single}),
+        ("dwconv_backward", k2.dwconv_backward_kernel, {**doubled}),
+        ("attention_ffn_forward", k3.attention_ffn_forward_kernel, {**plain, "SAVE_Y": True, "ADAPTER": False}),
+        ("attention_ffn_forward", k3.attention_ffn_forward_kernel, {**plain, "SAVE_Y": False, "ADAPTER": True}),
+        ("ffn_backward", k3.ffn_backward_kernel, {**plain}),
+        ("conv3_backward", k3.conv3_backward_kernel, {**plain}),
+    ]
+    for name, kernel, constants in table:
+        options = options_of(name, channels, dtype)
+        if options is not None:
+            yield Case(kernel, channels, dtype, constants, options)
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of local memory, a thread."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def markdown(rows: list[tuple[Case, int, Resources]]) -> str:
+    """One line a kernel, channel count, dtype and GPU generation; those of equal figures share a line."""
+    lines = [
+        "| kernel | C | dtype | tile and launch options | GPU | registers | spilled bytes | shared bytes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case, capability, got in rows:
+        flags = {name: value for name, value in case.constants.items() if isinstance(value, bool) and value}
+        options = " ".join([*flags, *(f"{name}={value}" for name, value in case.options.items())])
+        lines.append(
+            f"| {case.name} | {case.channels} | {NAMES[case.dtype]} | {options} | sm_{capability} "
+            f"| {got.registers} | {got.spilled_bytes} | {got.shared_bytes} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dtpm_fast.kernels.compilation",
+        description="Compile every kernel of the dispatch table without a GPU; print registers, spills, shared memory.",
+        epilog="example: python -m dtpm_fast.kernels.compilation --channels 64 --dtype bf16",
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the table between this file's marker lines")
+    parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS, choices=CHANNELS, metavar="C")
+    parser.add_argument("--dtype", nargs="+", default=[*NAMES.values()], choices=[*NAMES.values()])
+    arguments = parser.parse_args()
+    return run(lambda: _work(arguments))
+
+
+def _work(arguments: argparse.Namespace) -> int:
+    chosen = [c for c in cases() if c.channels in arguments.channels and NAMES[c.dtype] in arguments.dtype]
+    jobs = [(case, capability) for case in chosen for capability in CAPABILITIES]
+    rows = [(case, capability, compile_case(case, capability)) for case, capability in tqdm(jobs, unit="kernel")]
+    text = markdown(rows)
+    if arguments.write is None:
+        print(text)
+    else:
+        document = arguments.write.read_text(encoding="utf-8")
+        if not all(marker in document for marker in MARKERS):
+            raise UserError(f"{arguments.write}: lacks the lines {MARKERS[0]} and {MARKERS[1]}")
+        before, after = document.split(MARKERS[0])[0], document.split(MARKERS[1])[1]
+        with atomic_path(arguments.write) as path:
+            path.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}", encoding="utf-8")
+    spilled = [case.name for case, _, got in rows if got.spilled_bytes]
+    if spilled:
+        raise UserError(f"these kernels spill registers: {', '.join(sorted(set(spilled)))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
