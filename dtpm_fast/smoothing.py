@@ -57,14 +57,15 @@ def rtv_smooth(
     solver: "mic", or "direct", a float64 elimination to check it with on small pictures.
     mode: "exact" solves each system to `tol`; "matlab_pcg" stops where the authors' MATLAB program does (relative residual
         0.1 from a zero start, `tol` unused), which differs from exact by up to 16 to 34/255.
-    tol: relative residual at which a solve ends; the default keeps the largest error below 0.1/255.
+    tol: relative residual at which a solve ends (or where rounding of the result causes as much, up to 1e-3); the default
+        keeps the largest error of a photo below 0.1/255.
     threads: 0 for one per CPU that this process may use; 1 in worker processes of a data loader. Results do not depend
         on it.
     out: an array of the same shape and dtype to write to.
 
     Returns the result in the picture's shape and dtype, and with `return_info` also a `SmoothInfo`. Releases the GIL;
     safe in threads and in forked worker processes. Raises TypeError (dtype), ValueError (shape or a parameter's value,
-    NaN or infinity in the picture), RuntimeError (a solve did not reach tol).
+    NaN or infinity in the picture), RuntimeError (a solve did not converge: weights out of range).
     """
     array = np.asarray(image)
     _check(array, out, lam, sigma, sharpness, iterations, solver, mode, tol, device, threads)
@@ -133,7 +134,7 @@ def _check(
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}; use one of {', '.join(MODES)}")
     if solver == "direct":
-        height, width = (array.shape if array.ndim == 2 else array.shape[-3:-1])
+        height, width = array.shape if array.ndim == 2 else array.shape[-3:-1]
         needed = 8 * height * width * (min(height, width) + 1)
         if needed > DIRECT_BYTES:
             raise ValueError(

