@@ -1,4 +1,4 @@
-"""Every choice of the method in one place: what the paper fixes, and what it leaves open with the alternatives spelled out.
+"""Every choice of the method in one place: what the paper fixes, and what it leaves open with its alternatives.
 
 A `Config` has three groups whose field names are distinct, so that a TOML file may use the sections `[model]`,
 `[diffusion]`, `[train]` or none, and `--set key=value` names a field without its group.
@@ -6,6 +6,7 @@ A `Config` has three groups whose field names are distinct, so that a TOML file 
 
 import dataclasses
 import json
+import sys
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,9 +15,9 @@ from typing import Any, Literal
 
 from dtpm_fast.errors import UserError
 
-try:
+if sys.version_info >= (3, 11):
     import tomllib
-except ModuleNotFoundError:  # Python 3.10
+else:
     import tomli as tomllib
 
 
@@ -149,7 +150,9 @@ class Config:
         return config
 
     @staticmethod
-    def load(file: Path | str | None, settings: Iterable[str] = (), defaults: Mapping[str, Any] | None = None) -> "Config":
+    def load(
+        file: Path | str | None, settings: Iterable[str] = (), defaults: Mapping[str, Any] | None = None
+    ) -> "Config":
         """A config from defaults, then a TOML file, then `key=value` strings, each overriding the ones before."""
         values = dict(defaults or {})
         if file is not None:
@@ -210,11 +213,13 @@ def _check(config: Config) -> None:
         "predictor_width": model.predictor_width, "predictor_middle_blocks": model.predictor_middle_blocks,
         "timesteps": diffusion.timesteps, "steps": train.steps, "batch_size": train.batch_size, "crop": train.crop,
         "checkpoint_every": train.checkpoint_every, "keep_checkpoints": train.keep_checkpoints,
-        "validate_every": train.validate_every, "validation_steps": train.validation_steps, "log_every": train.log_every,
+        "validate_every": train.validate_every, "validation_steps": train.validation_steps,
+        "log_every": train.log_every,
     }  # fmt: skip
     not_negative = {
         "workers": train.workers, "clip_grad": train.clip_grad, "predictor_loss": train.predictor_loss,
-        "lr_min": train.lr_min, "warmup": train.warmup, "validation_images": train.validation_images, "seed": train.seed,
+        "lr_min": train.lr_min, "warmup": train.warmup, "validation_images": train.validation_images,
+        "seed": train.seed,
     }  # fmt: skip
     for name, value in at_least_one.items():
         if value < 1:

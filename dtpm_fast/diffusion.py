@@ -13,7 +13,6 @@ from dtpm_fast.config import DiffusionConfig, ModelConfig
 from dtpm_fast.errors import UserError
 from dtpm_fast.model.dtpm import DTPM
 
-
 # ---------------------------------------------------------------------------------------------- noise, eq. 1 and 2
 
 
@@ -30,8 +29,8 @@ def add_noise(residual: Tensor, eps: Tensor, gamma: Tensor) -> Tensor:
 
 
 def sample_gamma(batch: int, config: DiffusionConfig, generator: torch.Generator) -> Tensor:
-    """gamma ~ p(gamma) of eq. 4, (B,) float32: t uniform in 1..T, then sqrt(gamma) uniform between its neighbours in the
-    schedule ("continuous"), or gamma = alpha_bar_t ("discrete")."""
+    """gamma ~ p(gamma) of eq. 4, (B,) float32: t uniform in 1..T, then sqrt(gamma) uniform between its neighbours in
+    the schedule ("continuous"), or gamma = alpha_bar_t ("discrete")."""
     schedule = alphas_cumprod(config)
     t = torch.randint(1, config.timesteps + 1, (batch,), generator=generator)
     if config.gamma_sampling == "discrete":
@@ -165,7 +164,9 @@ def ddim(
         sigma = config.eta * ((1 - gamma_next) / (1 - gamma) * (1 - gamma / gamma_next)) ** 0.5
         x = gamma_next**0.5 * x0 + max(0.0, 1 - gamma_next - sigma**2) ** 0.5 * eps
         if sigma > 0:
-            fresh = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device if generator else "cpu")
+            fresh = torch.randn(
+                x.shape, generator=generator, dtype=x.dtype, device=generator.device if generator else "cpu"
+            )
             x = x + sigma * fresh.to(x.device)
     return x
 

@@ -1,6 +1,7 @@
 """Reading and writing of photos: every format that Pillow knows, in 8 bits, with a clear error for a broken file."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -46,7 +47,7 @@ def write_image(path: Path | str, rgb: np.ndarray) -> None:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UserError(f"{path}: unknown picture format {suffix!r}; use one of {', '.join(sorted(SUFFIXES))}")
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if suffix in (".jpg", ".jpeg"):
         options = {"quality": 95, "subsampling": 0}
     elif suffix == ".webp":

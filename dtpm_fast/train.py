@@ -18,24 +18,27 @@ from dtpm_fast.training.sources import stage1_source, stage2_source
 from dtpm_fast.weights_file import fill, read_weights
 
 EXAMPLES = """examples:
-  python -m dtpm_fast.train --stage 1 --data photos --output runs/prior --set preset=light crop=96 batch_size=8 steps=2000
+  python -m dtpm_fast.train --stage 1 --data photos --output runs/prior --set crop=96 batch_size=8 steps=2000
   python -m dtpm_fast.train --stage 2 --task derain --data rain --prior runs/prior/weights.safetensors \\
       --output runs/derain --set crop=96 batch_size=8 steps=6000
-  python -m dtpm_fast.train --stage 2 --task dehaze --data photos --prior runs/prior/weights.safetensors --output runs/dehaze
+  python -m dtpm_fast.train --stage 2 --task dehaze --data photos --prior runs/prior/weights.safetensors \\
+      --output runs/dehaze
 Every setting (--set, or a TOML file for --config) is described in dtpm_fast/config.py; the defaults are the paper's."""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dtpm_fast.train",
-        description="Train DTPM: stage 1, the texture prior, on photos; stage 2, a task's adapters and initial predictor.",
+        description="Train DTPM: stage 1, the texture prior; stage 2, a task's adapters and initial predictor.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
     parser.add_argument("--task", choices=tuple(TASKS), help="stage 2 only")
     parser.add_argument("--data", type=Path, required=True, help="photos (stage 1); pairs or clean photos (stage 2)")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the run: weights, checkpoints, TensorBoard")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of the run: weights, checkpoints, TensorBoard"
+    )
     parser.add_argument("--config", type=Path, help="settings as a TOML file")
     parser.add_argument("--set", dest="settings", action="extend", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--prior", type=Path, help="stage 1 weights that stage 2 starts from")
@@ -94,17 +97,28 @@ def _build(args: argparse.Namespace, config: Config, prior: Any) -> DTPM:
         fill(model, prior)
     elif args.stage == 2 and config.train.tune != "all":
         raise UserError(
-            "stage 2 needs --prior, the weights of stage 1; or --set tune=all to train without stage 1 (table 6, first row)"
+            "stage 2 needs --prior, the weights of stage 1; or --set tune=all to do without stage 1 (table 6, row 1)"
         )
     return model
 
 
 def _check_same_network(prior: Config, config: Config, path: Path) -> None:
-    names = ("preset", "width", "encoder_blocks", "middle_blocks", "decoder_blocks", "embedding", "semantic_code", "parameterization")
+    names = (
+        "preset",
+        "width",
+        "encoder_blocks",
+        "middle_blocks",
+        "decoder_blocks",
+        "embedding",
+        "semantic_code",
+        "parameterization",
+    )
     for name in names:
         then, now = getattr(prior.model, name), getattr(config.model, name)
         if then != now:
-            raise UserError(f"{path}: was trained with {name} = {then!r}, the settings say {now!r}; leave that setting out")
+            raise UserError(
+                f"{path}: was trained with {name} = {then!r}, the settings say {now!r}; leave that setting out"
+            )
 
 
 if __name__ == "__main__":

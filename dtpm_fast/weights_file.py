@@ -52,7 +52,8 @@ def save_weights(
         value = value.detach().cpu().contiguous()
         kept[key] = value.to(dtype) if dtype is not None and value.is_floating_point() else value
     metadata = {
-        "format": FORMAT, "stage": str(stage), "task": task, "config": config.to_json(), "trained": json.dumps(trained or {}),
+        "format": FORMAT, "stage": str(stage), "task": task, "config": config.to_json(),
+        "trained": json.dumps(trained or {}),
     }  # fmt: skip
     with atomic_path(path) as temporary:
         save_file(kept, temporary, metadata)

@@ -34,7 +34,7 @@ def list_states(run: Path) -> list[Path]:
 
 def newest_state(run: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest state that can be read, loaded without unpickling code, and a line for each one that cannot."""
-    broken = []
+    broken: list[str] = []
     for path in list_states(run):
         try:
             return torch.load(path, map_location="cpu", weights_only=True), broken

@@ -50,7 +50,7 @@ def train(run: Run, resume: bool = False) -> Path:
     when there is nothing to resume, and when the loss is no longer a number (the batch is saved).
     """
     settings = run.config.train
-    model = run.model.to(run.device, memory_format=torch.channels_last)
+    model = run.model.to(run.device).to(memory_format=torch.channels_last)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(trained.values(), lr=settings.lr, betas=(0.9, 0.999))
     ema = EMA(trained, settings.ema)
@@ -138,7 +138,12 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
 
 
 def _iteration(
-    run: Run, model: DTPM, trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, pair: Pair, step: int
+    run: Run,
+    model: DTPM,
+    trained: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    pair: Pair,
+    step: int,
 ) -> tuple[Tensor, Tensor]:
     """One optimiser step; returns the loss and the gradient's norm."""
     settings, diffusion = run.config.train, run.config.diffusion
@@ -161,7 +166,7 @@ def _iteration(
         with atomic_path(saved) as temporary:
             save_file({"first": a.cpu().contiguous(), "second": b.cpu().contiguous(), "gamma": gamma.cpu()}, temporary)
         raise UserError(
-            f"iteration {step}: the loss is {loss.item()} and the gradient's norm {norm.item()}; the batch is in {saved}. "
+            f"iteration {step}: the loss is {loss.item()}, the gradient's norm {norm.item()}; the batch is in {saved}. "
             f"Lower lr, or use --set precision=float32, and --resume from the last checkpoint"
         )
     optimizer.step()
@@ -188,11 +193,20 @@ def _resumed(run: Run, resume: bool) -> dict[str, Any] | None:
         print(line)
     if not resume:
         if state is not None:
-            raise UserError(f"{run.folder}: already holds a run at iteration {state['step']}; add --resume or choose another folder")
+            raise UserError(
+                f"{run.folder}: already holds a run at iteration {state['step']}; add --resume or choose another folder"
+            )
         return None
     if state is None:
         raise UserError(f"{run.folder}: nothing to resume, no readable checkpoint in it")
     then, now = Config.from_json(state["config"]), run.config
-    if (then.model, then.diffusion, state["stage"], state["task"]) != (now.model, now.diffusion, run.model.stage, run.task):
-        raise UserError(f"{run.folder}: was started with another model, diffusion, stage or task; resume with the same settings")
+    if (then.model, then.diffusion, state["stage"], state["task"]) != (
+        now.model,
+        now.diffusion,
+        run.model.stage,
+        run.task,
+    ):
+        raise UserError(
+            f"{run.folder}: was started with another model, diffusion, stage or task; resume with the same settings"
+        )
     return state

@@ -55,7 +55,9 @@ def stage2_source(
     crop, seed = train.crop, train.seed
     pairs = _pairs_or_none(task, data, "train", split_file)
     if pairs is None and synthetic is not None:
-        raise UserError(f"--synthetic {synthetic}: --data {data} holds clean photos already; give pairs there, or one of both")
+        raise UserError(
+            f"--synthetic {synthetic}: --data {data} holds clean photos already; give pairs there, or one of both"
+        )
     if pairs is None:
         photos = find_photos(data)
         kept, held_out = hold_out(photos, train.validation_images) if validation is None else (photos, [])
@@ -103,12 +105,21 @@ def _validation(
     pairs = _pairs_or_none(task, folder, "test", None)
     if pairs is not None:
         return PairCrops(pairs, train.crop, train.seed + 1, augment="none", cache=cache)
-    return SyntheticCrops(find_photos(folder), task, train.crop, train.seed + 1, strength=train.strength, augment="none", cache=cache)
+    return SyntheticCrops(
+        find_photos(folder), task, train.crop, train.seed + 1, strength=train.strength, augment="none", cache=cache
+    )
 
 
 def _synthetic(photos: list[Path], task: str, train: TrainConfig, cache: PictureCache) -> SyntheticCrops:
     return SyntheticCrops(
-        photos, task, train.crop, train.seed, strength=train.strength, augment="all", rotate45=train.rotate45, cache=cache
+        photos,
+        task,
+        train.crop,
+        train.seed,
+        strength=train.strength,
+        augment="all",
+        rotate45=train.rotate45,
+        cache=cache,
     )
 
 

@@ -23,7 +23,9 @@ def validate(
     input, of the predictor's picture and of the result.
     """
     generator = torch.Generator().manual_seed(0)
-    steps, figures, rows = config.train.validation_steps, [], []
+    steps = config.train.validation_steps
+    figures: list[dict[str, float]] = []
+    rows: list[Tensor] = []
     for first, second in pairs:
         a, b = (x[None].to(device, memory_format=torch.channels_last) for x in (first, second))
         noise = torch.randn(a.shape, generator=generator).to(device)
@@ -39,7 +41,8 @@ def validate(
         else:
             y_d, y_g = a, b
             result, y_eps = restore(model, y_d, noise, steps, config.diffusion)
-            figure = {"psnr_input": _psnr(y_d, y_g), "psnr_predictor": _psnr(y_eps, y_g), "psnr_result": _psnr(result, y_g)}
+            named = {"input": y_d, "predictor": y_eps, "result": result}
+            figure = {f"psnr_{name}": _psnr(image, y_g) for name, image in named.items()}
             row = [y_d, y_eps, result, y_g]
         figures.append(figure)
         if len(rows) < 4:

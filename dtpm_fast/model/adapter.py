@@ -4,13 +4,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtpm_fast.model.block import simple_gate
+from dtpm_fast.model.unet import zero_init
 
 
 class CGAdapter(nn.Module):
     """CG-Adapter(f, y_eps) = f + M_out( M_in(f) + Conv(y_eps) )                                       (eq. 5)
 
     M_in: C -> rC and M_out: rC -> C are 1x1 convolutions, linear by default, so that the adapter merges into one CxC
-    matrix and a bias map; "gated" puts a SimpleGate between them. M_out starts at zero: a fresh adapter is the identity.
+    matrix and a bias map; "gated" puts a SimpleGate between them. M_out starts at zero: a fresh adapter is the
+    identity.
     """
 
     def __init__(self, channels: int, ratio: float, kind: str) -> None:
@@ -20,8 +22,7 @@ class CGAdapter(nn.Module):
         self.m_in = nn.Conv2d(channels, 2 * inner if self.gated else inner, 1)
         self.conv = nn.Conv2d(3, self.m_in.out_channels, 3, padding=1)
         self.m_out = nn.Conv2d(inner, channels, 1)
-        nn.init.zeros_(self.m_out.weight)
-        nn.init.zeros_(self.m_out.bias)  # type: ignore[arg-type]
+        zero_init(self.m_out)
 
     def forward(self, f: Tensor, y_eps: Tensor) -> Tensor:
         """f: (B, C, h, w); y_eps: (B, 3, h, w) in [-1, 1], already of the level's size (`resize_to_level`)."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """NAFNet's block with AdaLN in the place of LayerNorm (figure 4); the subclasses say where shift and scale come from.
+    """NAFNet's block with AdaLN for LayerNorm (figure 4); the subclasses say where shift and scale come from.
 
     Parameter names are NAFNet's. beta and gamma start at zero: a fresh block is the identity.
     """
@@ -39,7 +39,7 @@ class DenoisingBlock(Block):
     def __init__(self, channels: int, embedding: int) -> None:
         super().__init__(channels)
         self.modulation = nn.Linear(embedding, 4 * channels)
-        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.weight)  # a fresh AdaLN is a plain layer norm
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:

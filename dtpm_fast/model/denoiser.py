@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dtpm_fast.model.block import DenoisingBlock, simple_gate
-from dtpm_fast.model.unet import ApplyBlock, UNet
+from dtpm_fast.model.unet import ApplyBlock, UNet, zero_init
 
 
 class Denoiser(UNet):
@@ -25,6 +25,7 @@ class Denoiser(UNet):
         code_channels: int,
     ) -> None:
         super().__init__(6, width, encoder, middle, decoder, lambda channels: DenoisingBlock(channels, embedding))
+        zero_init(self.ending)  # F = 0 at the start: the preconditioned estimate is then that of a Gaussian prior
         self.embedding = embedding
         self.time_mlp = nn.Sequential(nn.Linear(embedding, 4 * embedding), Gate(), nn.Linear(2 * embedding, embedding))
         self.code_mlp = (
@@ -63,6 +64,8 @@ class Gate(nn.Module):
 def sinusoid(position: Tensor, length: int) -> Tensor:
     """The transformer's sinusoidal embedding (B, length) of positions (B,)."""
     half = length // 2
-    frequencies = torch.exp(torch.arange(half, device=position.device, dtype=position.dtype) * (-math.log(10000.0) / half))
+    frequencies = torch.exp(
+        torch.arange(half, device=position.device, dtype=position.dtype) * (-math.log(10000.0) / half)
+    )
     angles = position[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -10,14 +10,18 @@ from dtpm_fast.model.adapter import CGAdapter, resize_to_level
 from dtpm_fast.model.block import NAFBlock
 from dtpm_fast.model.denoiser import Denoiser
 from dtpm_fast.model.semantic import SemanticEncoder, compact_encoder, load_compact, load_resnet18, resnet18_encoder
-from dtpm_fast.model.unet import UNet
+from dtpm_fast.model.unet import UNet, zero_init
 
 
 class Predictor(UNet):
-    """The initial predictor g: y_eps = y_d + g(y_d). A NAFNet: published NAFNet weights of its shape load as they are."""
+    """The initial predictor g: y_eps = y_d + g(y_d). A NAFNet: published NAFNet weights of its shape load as they are.
+
+    Its last convolution starts at zero, so that training starts from y_eps = y_d and not from noise.
+    """
 
     def __init__(self, width: int, encoder: tuple[int, ...], middle: int, decoder: tuple[int, ...]) -> None:
         super().__init__(3, width, encoder, middle, decoder, NAFBlock)
+        zero_init(self.ending)
 
     def forward(self, y_d: Tensor) -> Tensor:  # type: ignore[override]
         return y_d + super().forward(y_d, lambda _, block, x: block(x))
@@ -79,7 +83,7 @@ class DTPM(nn.Module):
     def _adapt(self, y_eps: Tensor) -> Callable[[str, nn.Module, Tensor], Tensor]:
         levels: dict[int, Tensor] = {}
 
-        def adapt(position: str, block: nn.Module, f: Tensor) -> Tensor:  # noqa: ARG001
+        def adapt(position: str, block: nn.Module, f: Tensor) -> Tensor:
             key = position.replace(".", "_")
             if key not in self.adapters:
                 return f
@@ -103,7 +107,7 @@ def _semantic_encoder(config: ModelConfig) -> SemanticEncoder | None:
 
 
 def _has_adapter(position: str, positions: str) -> bool:
-    """"encoder" counts the middle blocks as well, as stage II's fine-tuning options do."""
+    """ "encoder" counts the middle blocks as well, as stage II's fine-tuning options do."""
     if positions == "decoder":
         return position.startswith("decoders")
     if positions == "encoder":

@@ -28,6 +28,8 @@ class SemanticEncoder(nn.Module):
     def __init__(self, trunk: nn.Module, code_channels: int) -> None:
         super().__init__()
         self.trunk = trunk
+        self.mean: Tensor
+        self.std: Tensor
         self.code_channels = code_channels
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
@@ -42,7 +44,7 @@ class SemanticEncoder(nn.Module):
         image = F.interpolate(image, size=(224, 224), mode="bilinear", antialias=True, align_corners=False)
         return self.trunk((image * 0.5 + 0.5 - self.mean) / self.std).mean(dim=(2, 3))
 
-    def train(self, mode: bool = True) -> "SemanticEncoder":  # noqa: ARG002
+    def train(self, mode: bool = True) -> "SemanticEncoder":
         """Stays in evaluation mode: its batch statistics are part of the frozen weights."""
         return super().train(False)
 
@@ -61,9 +63,13 @@ def resnet18_encoder() -> SemanticEncoder:
 def load_compact() -> dict[str, Tensor]:
     """The compact encoder's shipped weights, distilled by `python -m dtpm_fast.training.distill`."""
     try:
-        return {key: value.float() if value.is_floating_point() else value for key, value in load_file(COMPACT_FILE).items()}
+        return {
+            key: value.float() if value.is_floating_point() else value for key, value in load_file(COMPACT_FILE).items()
+        }
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{COMPACT_FILE}: the compact encoder's weights cannot be read ({error}); reinstall dtpm-fast") from error
+        raise UserError(
+            f"{COMPACT_FILE}: the compact encoder's weights cannot be read ({error}); reinstall dtpm-fast"
+        ) from error
 
 
 def load_resnet18(file: Path | str | None = None) -> dict[str, Tensor]:
@@ -83,19 +89,24 @@ def load_resnet18(file: Path | str | None = None) -> dict[str, Tensor]:
                 )
             state = torch.load(file, map_location="cpu", weights_only=True)
         else:
-            state = torch.hub.load_state_dict_from_url(RESNET18.url, map_location="cpu", check_hash=True, weights_only=True)
+            state = torch.hub.load_state_dict_from_url(
+                RESNET18.url, map_location="cpu", check_hash=True, weights_only=True
+            )
     except (OSError, RuntimeError) as error:
         where = str(file) if file is not None else RESNET18.url
         raise UserError(
-            f"ResNet-18 for the semantic code: {where} cannot be read ({error}). Download {RESNET18.url} on a machine with "
-            f"a network and set DTPM_RESNET18 to the file, or train with --set semantic_code=compact"
+            f"ResNet-18 for the semantic code: {where} cannot be read ({error}). Download {RESNET18.url} on a machine "
+            f"with a network and set DTPM_RESNET18 to the file, or train with --set semantic_code=compact"
         ) from error
     return resnet18_trunk_state(state)
 
 
 def resnet18_trunk_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """torchvision's names (conv1, bn1, layer1 ...) as the indices of our trunk."""
-    index = {name: str(i) for i, (name, _) in enumerate(list(torchvision.models.resnet18(weights=None).named_children())[:-2])}
+    index = {
+        name: str(i)
+        for i, (name, _) in enumerate(list(torchvision.models.resnet18(weights=None).named_children())[:-2])
+    }
     trunk = {}
     for key, value in state.items():
         child, _, rest = key.partition(".")

@@ -9,7 +9,7 @@ ApplyBlock = Callable[[str, nn.Module, Tensor], Tensor]
 
 
 class UNet(nn.Module):
-    """3x3 intro, levels with 2x2 stride-2 down, middle, levels with 1x1 + PixelShuffle up and additive skips, 3x3 ending.
+    """3x3 intro, levels with 2x2 stride-2 down, middle, levels with 1x1 + PixelShuffle up, additive skips, 3x3 ending.
 
     Args:
         in_channels: of the input; the output has 3 channels.
@@ -69,6 +69,12 @@ class UNet(nn.Module):
                 if hasattr(module, "conv1"):
                     found[name] = module.conv1.in_channels
         return found
+
+
+def zero_init(convolution: nn.Conv2d) -> None:
+    nn.init.zeros_(convolution.weight)
+    if convolution.bias is not None:
+        nn.init.zeros_(convolution.bias)
 
 
 def _run(prefix: str, blocks: nn.Module, x: Tensor, apply_block: ApplyBlock) -> Tensor:

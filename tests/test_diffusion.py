@@ -1,0 +1,235 @@
+"""Equations 1, 2, 4 and 6, the parameterization and DDIM."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from dtpm_fast.config import Config, DiffusionConfig, ModelConfig
+from dtpm_fast.diffusion import (
+    Estimate,
+    add_noise,
+    alphas_cumprod,
+    ddim,
+    ddim_gammas,
+    ddim_timesteps,
+    estimate,
+    restore,
+    sample_gamma,
+    scalings,
+    stage1_loss,
+    stage2_loss,
+)
+from dtpm_fast.errors import UserError
+from dtpm_fast.model.dtpm import DTPM
+
+SCHEDULE = DiffusionConfig()
+
+
+def small_model(stage=2, **settings):
+    """A tiny model whose every parameter has a value (fresh ones give zero), without a semantic encoder."""
+    torch.manual_seed(1)
+    config = Config.of(**{"preset": "tiny", "semantic_code": "none", **settings})
+    model = DTPM(config.model, stage).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model, config
+
+
+def test_equation_1_and_2_alphas_cumprod():
+    product = 1.0
+    bars = alphas_cumprod(SCHEDULE)
+    assert bars[0] == 1 and len(bars) == 1001
+    for t in range(1000):
+        product *= 1 - (1e-4 + (0.02 - 1e-4) * t / 999)
+        assert bars[t + 1].item() == pytest.approx(product, rel=1e-12)
+    assert bars[1000].sqrt().item() == pytest.approx(0.0064, abs=5e-5)
+
+
+def test_equation_2_keeps_unit_variance():
+    torch.manual_seed(0)
+    x = add_noise(torch.randn(4, 3, 64, 64), torch.randn(4, 3, 64, 64), torch.tensor([0.0, 0.3, 0.8, 1.0]))
+    assert x.std(dim=(1, 2, 3)) == pytest.approx(torch.ones(4), abs=0.02)
+
+
+def test_gamma_is_drawn_between_neighbours_of_the_schedule():
+    bars = alphas_cumprod(SCHEDULE)
+    gamma = sample_gamma(4000, SCHEDULE, torch.Generator().manual_seed(0)).double()
+    assert gamma.min() >= bars[-1] - 1e-6 and gamma.max() <= 1
+    t = 1000 - torch.searchsorted(bars.flip(0), gamma)  # uniform in t: the schedule's inverse is uniform
+    assert t.double().mean().item() == pytest.approx(500, abs=15)
+    discrete = sample_gamma(50, DiffusionConfig(gamma_sampling="discrete"), torch.Generator().manual_seed(0))
+    assert all(any(abs(g - b) < 1e-6 for b in bars.float()) for g in discrete)
+
+
+@pytest.mark.parametrize("parameterization", ["preconditioned", "eps"])
+def test_estimates_are_two_views_of_one(parameterization):
+    """x_t = sqrt(gamma) x0_hat + sqrt(1 - gamma) eps_hat whatever the network says."""
+    config = ModelConfig(parameterization=parameterization)
+    gamma = torch.tensor([1e-4, 0.3, 0.99], dtype=torch.float64)
+    x, output = torch.randn(3, 3, 4, 4).double(), torch.randn(3, 3, 4, 4).double()
+    _, eps_x, eps_f, x0_x, x0_f = scalings(gamma, config)
+    torch.testing.assert_close(add_noise(x0_x * x + x0_f * output, eps_x * x + eps_f * output, gamma), x)
+
+
+def test_preconditioning_as_in_edm():
+    """With F at its ideal for a Gaussian residual (0), x0_hat is the posterior mean a sigma^2 x / v, and the network's
+    input has unit variance."""
+    gamma, sigma = torch.tensor([0.5], dtype=torch.float64), ModelConfig().sigma_data
+    c_in, _, _, x0_x, _ = scalings(gamma, ModelConfig())
+    v = 0.5 * sigma**2 + 0.5
+    assert x0_x.item() == pytest.approx(math.sqrt(0.5) * sigma**2 / v, rel=1e-12)
+    assert c_in.item() ** 2 * v == pytest.approx(1, rel=1e-12)
+
+
+def test_equation_4_written_out():
+    model, config = small_model(stage=1, parameterization="eps")
+    x_g, y_s, eps = (torch.randn(2, 3, 16, 16).double() for _ in range(3))
+    gamma = torch.tensor([0.2, 0.9], dtype=torch.float64)
+    root, rest = gamma.sqrt().view(2, 1, 1, 1), (1 - gamma).sqrt().view(2, 1, 1, 1)
+    f = model.denoise(root * (x_g - y_s) + rest * eps, y_s, gamma, None)
+    for loss, norm in (("l1", torch.abs), ("l2", torch.square)):
+        expected = norm(eps - f).mean()
+        actual = stage1_loss(model, DiffusionConfig(loss=loss), x_g, y_s, eps, gamma)
+        assert actual.item() == pytest.approx(expected.item(), rel=1e-5)  # estimates are float32
+    assert config.diffusion.loss == "l1"
+
+
+def test_equation_6_written_out():
+    model, config = small_model(parameterization="eps")
+    y_g, y_d, eps = (torch.randn(2, 3, 16, 16).double() for _ in range(3))
+    gamma = torch.tensor([0.2, 0.9], dtype=torch.float64)
+    y_eps = model.predictor(y_d)
+    x_t = gamma.sqrt().view(2, 1, 1, 1) * (y_g - y_eps) + (1 - gamma).sqrt().view(2, 1, 1, 1) * eps
+    expected = (eps - model.denoise(x_t, y_d, gamma, None, y_eps)).abs().mean()
+    actual, predicted = stage2_loss(model, config.diffusion, y_g, y_d, eps, gamma)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(predicted, y_eps)
+
+
+def test_equation_6_reaches_predictor_and_adapters_without_a_loss_of_their_own():
+    model, config = small_model()
+    y_g, y_d, eps = (torch.randn(1, 3, 16, 16).double() for _ in range(3))
+    loss, _ = stage2_loss(model, config.diffusion, y_g, y_d, eps, torch.tensor([0.5], dtype=torch.float64))
+    loss.backward()
+    for part in (model.predictor, model.adapters):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+
+
+def test_min_snr_weights_only_clean_samples_less():
+    model, _ = small_model(stage=1)
+    x, eps = torch.randn(1, 3, 16, 16).double(), torch.randn(1, 3, 16, 16).double()
+
+    def ratio(gamma):
+        gamma = torch.tensor([gamma], dtype=torch.float64)
+        plain, weighted = (
+            stage1_loss(model, DiffusionConfig(loss_weighting=w), x, x * 0, eps, gamma) for w in ("none", "min_snr")
+        )
+        return (weighted / plain).item()
+
+    assert ratio(0.5) == pytest.approx(1)
+    assert ratio(0.99) == pytest.approx(5 * 0.01 / 0.99)
+
+
+def test_trailing_timesteps():
+    assert ddim_timesteps(4, SCHEDULE) == [999, 749, 499, 249]
+    assert ddim_timesteps(1, SCHEDULE) == [999]
+    assert ddim_timesteps(1000, SCHEDULE) == list(range(999, -1, -1))
+    assert ddim_gammas(10, SCHEDULE)[-1][1] == 1.0
+    for steps in (0, 1001, -3):
+        with pytest.raises(UserError, match="between 1 and 1000"):
+            ddim_timesteps(steps, SCHEDULE)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("steps", [1, 4, 7, 10, 50])
+def test_timesteps_fall(spacing, steps):
+    t = ddim_timesteps(steps, DiffusionConfig(spacing=spacing))
+    assert len(t) == steps and all(a > b for a, b in pairwise(t)) and 0 <= t[-1] <= t[0] <= 999
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10, 1000])
+def test_ddim_with_an_oracle_recovers_the_residual(steps):
+    """An oracle knows r, and its eps is what is left of x_t: DDIM lands on r to 1e-5 for any number of steps."""
+    torch.manual_seed(0)
+    r = torch.rand(1, 3, 8, 8).double() * 2 - 1
+
+    def oracle(x, gamma):
+        gamma = gamma.view(-1, 1, 1, 1)
+        eps = (x - gamma.sqrt() * r) / (1 - gamma).sqrt()
+        return Estimate(eps, (x - (1 - gamma).sqrt() * eps) / gamma.sqrt())
+
+    found = ddim(oracle, torch.randn(1, 3, 8, 8).double(), None, steps, SCHEDULE)
+    assert (found - r).abs().max() < 1e-5
+
+
+def test_ddim_in_t_steps_with_the_true_noise_inverts_the_forward_process():
+    """x_T = sqrt(gamma) r + sqrt(1 - gamma) eps and a network that says eps: the path leads back to r."""
+    r, eps = torch.rand(1, 3, 8, 8).double() - 0.5, torch.randn(1, 3, 8, 8).double()
+    start = add_noise(r, eps, alphas_cumprod(SCHEDULE)[-1:])
+
+    def oracle(x, gamma):
+        gamma = gamma.view(-1, 1, 1, 1)
+        return Estimate(eps, (x - (1 - gamma).sqrt() * eps) / gamma.sqrt())
+
+    assert (ddim(oracle, start, None, 1000, SCHEDULE) - r).abs().max() < 1e-5
+
+
+def test_as_gamma_goes_to_1_the_estimate_is_the_input():
+    """Nothing is left of the noise: the clean estimate is x_t itself, the residual."""
+    model, _ = small_model(stage=1)
+    r = torch.rand(1, 3, 16, 16).double() - 0.5
+    found = estimate(model, r, r * 0, torch.ones(1, dtype=torch.float64) - 1e-14, None)
+    torch.testing.assert_close(found.x0, r, atol=1e-5, rtol=0)
+
+
+def test_the_clipped_sampler_stays_in_the_picture():
+    torch.manual_seed(0)
+    base = torch.rand(1, 3, 8, 8) * 2 - 1
+    wild = lambda x, gamma: Estimate(torch.randn_like(x), torch.randn_like(x) * 50)  # noqa: E731
+    assert (base + ddim(wild, torch.randn(1, 3, 8, 8), base, 4, SCHEDULE)).abs().max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_samples_have_the_residuals_variance_for_any_eta(eta):
+    """The ideal denoiser of a Gaussian residual of deviation 0.1 (x0_hat = a sigma^2 x / v) makes such residuals."""
+    sigma2, generator = 0.01, torch.Generator().manual_seed(0)
+
+    def ideal(x, gamma):
+        a, s2 = gamma.view(-1, 1, 1, 1).sqrt(), 1 - gamma.view(-1, 1, 1, 1)
+        v = a**2 * sigma2 + s2
+        return Estimate(s2.sqrt() / v * x, a * sigma2 / v * x)
+
+    noise = torch.randn(1, 3, 64, 64, generator=generator).double()
+    one, two = (
+        ddim(ideal, noise, None, 1000, DiffusionConfig(eta=eta), torch.Generator().manual_seed(5)) for _ in range(2)
+    )
+    assert torch.equal(one, two)
+    assert one.std().item() == pytest.approx(0.1, rel=0.05)
+
+
+def test_restore_is_deterministic_and_in_range():
+    model, config = small_model()
+    model = model.float()
+    y_d, noise = torch.rand(2, 3, 16, 24) * 2 - 1, torch.randn(2, 3, 16, 24)
+    (a, y_eps), (b, _) = (restore(model, y_d, noise, 4, config.diffusion) for _ in range(2))
+    assert torch.equal(a, b) and a.abs().max() <= 1 and y_eps.abs().max() <= 1 and not torch.equal(a, y_eps)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"predictor": "none"}, {"condition": "predicted"}, {"code_source": "degraded"}, {"adapter_kind": "gated"},
+        {"adapter_positions": "none"}, {"adapter_positions": "decoder"}, {"parameterization": "eps"},
+        {"semantic_code": "compact"},
+    ],
+)  # fmt: skip
+def test_every_open_choice_runs(settings):
+    torch.manual_seed(0)
+    config = Config.of(**{"preset": "tiny", "semantic_code": "none", **settings})
+    model = DTPM(config.model, 2).eval()
+    y_d, noise = torch.rand(1, 3, 16, 24) * 2 - 1, torch.randn(1, 3, 16, 24)
+    result, _ = restore(model, y_d, noise, 2, config.diffusion)
+    assert torch.isfinite(result).all()
+    assert torch.isfinite(stage2_loss(model, config.diffusion, y_d, y_d, noise, torch.tensor([0.5]))[0])

@@ -1,0 +1,79 @@
+"""Pictures in and out: every mode that people have, and broken files by name."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dtpm_fast.errors import UserError
+from dtpm_fast.images import list_images, read_image, write_image
+
+
+@pytest.fixture
+def rgb():
+    return np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".bmp", ".tif", ".ppm"])
+def test_lossless_formats_keep_every_byte(tmp_path, rgb, suffix):
+    write_image(tmp_path / f"a{suffix}", rgb)
+    assert np.array_equal(read_image(tmp_path / f"a{suffix}"), rgb)
+
+
+def test_grey_palette_16_bit_and_alpha(tmp_path, rgb):
+    grey = rgb[..., 0]
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert np.array_equal(read_image(tmp_path / "grey.png"), np.repeat(grey[..., None], 3, 2))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    assert np.array_equal(read_image(tmp_path / "grey16.png"), np.repeat(grey[..., None], 3, 2))
+    Image.fromarray(rgb).convert("P", palette=Image.Palette.ADAPTIVE, colors=256).save(tmp_path / "palette.png")
+    assert np.array_equal(read_image(tmp_path / "palette.png"), rgb)
+    alpha = np.dstack([rgb, np.full(grey.shape, 255, np.uint8)])
+    alpha[0, 0, 3] = 0
+    Image.fromarray(alpha).save(tmp_path / "alpha.png")
+    read = read_image(tmp_path / "alpha.png")
+    assert np.array_equal(read[1:], rgb[1:]) and (read[0, 0] == 255).all()
+
+
+def test_exif_orientation_is_applied(tmp_path, rgb):
+    image = Image.fromarray(rgb)
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "turned.png"), np.rot90(rgb, -1))
+
+
+def test_broken_files_are_named(tmp_path, rgb):
+    (tmp_path / "text.png").write_text("not a picture")
+    write_image(tmp_path / "whole.jpg", np.tile(rgb, (20, 20, 1)))
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
+    (tmp_path / "empty.png").touch()
+    for name, message in (
+        ("text.png", "not a readable picture"),
+        ("cut.jpg", "not a readable"),
+        ("empty.png", "not a readable"),
+        ("none.png", "no such file"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            read_image(tmp_path / name)
+        assert name in str(caught.value)
+
+
+def test_an_unknown_suffix_or_a_failed_write_leaves_nothing(tmp_path, rgb):
+    with pytest.raises(UserError, match="unknown picture format"):
+        write_image(tmp_path / "a.xyz", rgb)
+    with pytest.raises(TypeError):
+        write_image(tmp_path / "a.png", rgb.astype(np.complex64))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        write_image(tmp_path / "file" / "a.png", rgb)
+
+
+def test_list_images(tmp_path, rgb):
+    with pytest.raises(UserError, match="no pictures in it"):
+        list_images(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        list_images(tmp_path / "absent")
+    for name in ("b.png", "a.JPG", ".hidden.png"):
+        write_image(tmp_path / name, rgb)
+    assert [p.name for p in list_images(tmp_path)] == ["a.JPG", "b.png"]

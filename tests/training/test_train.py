@@ -1,0 +1,155 @@
+"""`python -m dtpm_fast.train` as a user runs it: both stages, resume, and what goes wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dtpm_fast.train import main
+from dtpm_fast.training.checkpoints import list_states
+from dtpm_fast.weights_file import read_weights
+
+
+def stage1(photos, output, settings, *more):
+    return main(
+        ["--stage", "1", "--data", str(photos), "--output", str(output), "--device", "cpu", *more, "--set", *settings]
+    )
+
+
+def stage2(photos, output, settings, *more):
+    arguments = ["--stage", "2", "--task", "derain", "--data", str(photos), "--output", str(output), "--device", "cpu"]
+    return main([*arguments, *more, "--set", *settings])
+
+
+def test_both_stages_and_a_frozen_prior(photos, tmp_path, tiny, capsys):
+    prior, task = tmp_path / "prior" / "weights.safetensors", tmp_path / "task" / "weights.safetensors"
+    assert stage1(photos, tmp_path / "prior", [*tiny, "steps=6"]) == 0
+    assert stage2(photos, tmp_path / "task", [*tiny[2:], "steps=6"], "--prior", str(prior)) == 0
+    before, after = load_file(prior), load_file(task)
+    assert before and all(torch.equal(after[name], value) for name, value in before.items())
+    assert any(
+        name.startswith("adapters.") and value.abs().max() > 0 for name, value in after.items() if "m_out" in name
+    )
+    weights = read_weights(task)
+    assert (weights.stage, weights.task, weights.trained["steps"]) == (2, "derain", 6)
+    assert "psnr_predictor" in capsys.readouterr().out
+    assert list((tmp_path / "task" / "tensorboard").iterdir())
+
+
+def test_the_denoising_loss_falls(photos, tmp_path, tiny, capsys):
+    """With raw epsilon, where all is to be learned: the preconditioned model starts as the ideal one of a Gaussian."""
+    settings = [*tiny, "parameterization=eps", "steps=60", "lr=2e-3", "validate_every=20", "batch_size=4"]
+    assert stage1(photos, tmp_path / "run", settings) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "eps_loss_0" in line]
+    first, last = (float(line.split("eps_loss_0 ")[1].split(",")[0]) for line in (lines[0], lines[-1]))
+    assert len(lines) == 3 and last < 0.9 * first
+
+
+@pytest.mark.parametrize(
+    ("tune", "moves", "stays"), [("encoder", "encoders.0", "decoders.0"), ("decoder", "decoders.0", "encoders.0")]
+)
+def test_table_6_fine_tuning_rows(photos, tmp_path, tiny, tune, moves, stays):
+    assert stage1(photos, tmp_path / "prior", [*tiny, "steps=2"]) == 0
+    prior = tmp_path / "prior" / "weights.safetensors"
+    settings = [*tiny[2:], "steps=4", f"tune={tune}", "adapter_positions=none"]
+    assert stage2(photos, tmp_path / "task", settings, "--prior", str(prior)) == 0
+    before, after = load_file(prior), load_file(tmp_path / "task" / "weights.safetensors")
+
+    def moved(part):
+        return any(not torch.equal(after[n], v) for n, v in before.items() if n.startswith(f"denoiser.{part}"))
+
+    assert moved(moves) and not moved(stays)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(photos, tmp_path, tiny):
+    settings = [*tiny, "steps=40", "checkpoint_every=4", "validation_images=0"]
+    assert stage1(photos, tmp_path / "whole", settings) == 0
+    command = [
+        sys.executable,
+        "-m",
+        "dtpm_fast.train",
+        "--stage",
+        "1",
+        "--data",
+        str(photos),
+        "--output",
+        str(tmp_path / "killed"),
+    ]
+    process = subprocess.Popen(
+        [*command, "--device", "cpu", "--set", *settings], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not list_states(tmp_path / "killed") and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert stage1(photos, tmp_path / "killed", settings, "--resume") == 0
+    whole, resumed = (load_file(tmp_path / run / "weights.safetensors") for run in ("whole", "killed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(photos, tmp_path, tiny, capsys):
+    settings = [*tiny, "steps=8", "checkpoint_every=4", "validation_images=0"]
+    assert stage1(photos, tmp_path / "run", settings) == 0
+    wanted = load_file(tmp_path / "run" / "weights.safetensors")
+    newest = list_states(tmp_path / "run")[0]
+    newest.write_bytes(newest.read_bytes()[:5000])
+    assert stage1(photos, tmp_path / "run", settings, "--resume") == 0
+    out = capsys.readouterr().out
+    assert "not readable" in out and "resumed at iteration 4" in out
+    again = load_file(tmp_path / "run" / "weights.safetensors")
+    assert all(torch.equal(wanted[name], again[name]) for name in wanted)
+
+
+def test_a_pickle_in_the_place_of_a_checkpoint_is_not_executed(photos, tmp_path, tiny):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    marker = tmp_path / "executed"
+
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(marker),))
+
+    torch.save(Bomb(), folder / "step-00000002.pt")
+    assert stage1(photos, tmp_path / "run", [*tiny, "steps=2"], "--resume") == 1
+    assert not marker.exists()
+
+
+def test_wrong_uses_are_one_line_each(photos, tmp_path, tiny, capsys):
+    prior = tmp_path / "prior" / "weights.safetensors"
+    assert stage1(photos, tmp_path / "prior", [*tiny, "steps=2", "validation_images=0"]) == 0
+    capsys.readouterr()
+
+    def fails(message, call):
+        assert call() == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+
+    fails("already holds a run", lambda: stage1(photos, tmp_path / "prior", [*tiny, "steps=2"]))
+    fails("nothing to resume", lambda: stage1(photos, tmp_path / "none", [*tiny, "steps=2"], "--resume"))
+    fails("stage 2 needs --prior", lambda: stage2(photos, tmp_path / "x", [*tiny, "steps=2"]))
+    fails("no such weights file", lambda: stage2(photos, tmp_path / "x", tiny, "--prior", str(tmp_path / "absent")))
+    fails(
+        "preset = 'tiny', the settings say 'light'",
+        lambda: stage2(photos, tmp_path / "x", ["preset=light"], "--prior", str(prior)),
+    )
+    fails("no such folder", lambda: stage1(tmp_path / "absent", tmp_path / "x", tiny))
+    fails("another model", lambda: stage1(photos, tmp_path / "prior", [*tiny, "steps=2", "embedding=32"], "--resume"))
+    (tmp_path / "empty").mkdir()
+    fails("no pictures in it", lambda: stage1(tmp_path / "empty", tmp_path / "x", tiny))
+    (photos / "0.png").write_text("broken")
+    fails("0.png", lambda: stage1(photos, tmp_path / "x", tiny))
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(SystemExit) as usage:
+        main(["--stage", "2", "--data", str(photos), "--output", str(tmp_path / "x")])
+    assert usage.value.code == 2
+
+
+def test_a_loss_that_is_no_number_stops_with_the_batch_saved(photos, tmp_path, tiny, capsys):
+    assert stage1(photos, tmp_path / "run", [*tiny, "steps=50", "lr=1e30", "clip_grad=0"]) == 1
+    assert "the batch is in" in capsys.readouterr().err
+    assert list((tmp_path / "run").glob("bad-batch-*.safetensors"))
