@@ -21,7 +21,7 @@ def _random_model(seed: int = 0, stage: int = 2, **settings: Any) -> tuple[DTPM,
             continue
         if name.endswith((".beta", ".gamma")):
             torch.nn.init.normal_(parameter, std=0.3)
-        elif "modulation" in name or ".m_out." in name or "norm" in name:
+        elif "modulation" in name or ".ending." in name or ".m_out." in name or "norm" in name:
             with torch.no_grad():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval().requires_grad_(False), config

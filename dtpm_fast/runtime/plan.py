@@ -1,0 +1,233 @@
+"""What a step really has to compute, and everything else done once: the fixed-step plan.
+
+    conditions = plan.prepare(y_d)                                        once for a picture
+    x, x0 = plan.step(x, x0, table[i], time_rows[i], conditions)          S times, nothing but tensors in and out
+
+Both are plain modules without Python side effects, so that torch.compile, torch.export and CUDA graphs can take them.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtpm_fast.errors import UserError
+from dtpm_fast.model.adapter import CGAdapter, resize_to_level
+from dtpm_fast.model.block import DenoisingBlock, NAFBlock
+from dtpm_fast.model.denoiser import sinusoid
+from dtpm_fast.model.dtpm import DTPM
+from dtpm_fast.runtime.sampler import C_IN, Conditions, Steps, update
+from dtpm_fast.runtime.unet import FoldedBlock, FoldedUNet, KernelBlock, Mean, MergedAdapter, own_mean
+
+
+@dataclass(frozen=True)
+class Hoisted:
+    """One thing that leaves the step: what, how often it is computed now, and the bytes that it holds."""
+
+    what: str
+    once_per: str  # "model", "model and S" or "image"
+    bytes: int
+
+
+class Prepare(nn.Module):
+    """y_d to the conditions of all steps: the initial predictor, the semantic code, and what follows from them."""
+
+    def __init__(
+        self, model: DTPM, step: "Step", adapters: dict[str, MergedAdapter], dtype: torch.dtype,
+        block_kind: type[FoldedBlock] | type[KernelBlock],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.projection: Tensor
+        self.affine_rows: Tensor
+        self.config, self.dtype = model.config, dtype
+        self.semantic, self.code_mlp = model.semantic, model.denoiser.code_mlp
+        self.predictor: FoldedUNet | None = None
+        if model.predictor is not None:
+            self.predictor = FoldedUNet(model.predictor, {}, dtype, block_kind)
+            blocks = [cast(NAFBlock, model.predictor.get_submodule(position)) for position in self.predictor.positions]
+            affine = [p.detach() for b in blocks for norm in (b.norm1, b.norm2) for p in (norm.bias, norm.weight)]
+            self.register_buffer("affine_rows", torch.cat(affine)[None].to(dtype))
+            self._keep("predictor_intro", model.predictor.intro.weight, model.predictor.intro.bias)
+        intro = model.denoiser.intro
+        self._keep("intro", intro.weight[:, 3:], intro.bias)
+        projections = [_modulation(model, position).weight.detach() for position in step.unet.positions]
+        self.register_buffer("projection", torch.cat(projections))
+        self.levels: dict[str, int] = {}
+        width = model.denoiser.intro.out_channels
+        for (position, channels), block in zip(step.unet.positions.items(), step.unet.blocks, strict=True):
+            if position in adapters:
+                self.levels[position] = (channels // width).bit_length() - 1
+                residual_bias = cast(FoldedBlock | KernelBlock, block).residual_bias
+                bias = adapters[position].bias + adapters[position].matrix @ residual_bias
+                self._keep(_key(position), adapters[position].kernel, bias)
+
+    def forward(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
+        """y_d: (B, 3, H, W) in [-1, 1]. `code` (B, C) stands in for the picture's own semantic code."""
+        y_eps = self.predict(y_d)
+        if code is None:
+            code = self.semantic_code(y_d, y_eps)
+        return self.conditions(y_d, y_eps, code)
+
+    def predict(self, y_d: Tensor, mean: Mean = own_mean) -> Tensor:
+        """y_eps, the initial predictor's picture."""
+        if self.predictor is None:
+            return y_d
+        h = self._conv("predictor_intro", y_d)
+        return y_d + self.predictor(h, self.affine_rows, {}, mean).to(y_d.dtype)
+
+    def semantic_code(self, y_d: Tensor, y_eps: Tensor) -> Tensor | None:
+        """(B, C), None without a semantic encoder."""
+        if self.semantic is None:
+            return None
+        return self.semantic(y_eps if self.config.code_source == "predicted" else y_d)
+
+    def conditions(self, y_d: Tensor, y_eps: Tensor, code: Tensor | None) -> Conditions:
+        """ "y_eps" (B, 3, H, W); "intro", the condition's half of the intro convolution, and "adapter.<position>", the
+        adapters' bias maps, (B, h, w, C) each; "code_rows" (B, sum of 4C), the code's share of the modulation."""
+        found = {"y_eps": y_eps, "intro": self._conv("intro", y_d if self.config.condition == "degraded" else y_eps)}
+        if code is not None and self.code_mlp is not None:
+            found["code_rows"] = F.linear(self.code_mlp(code), self.projection)
+        resized: dict[int, Tensor] = {}
+        for position, level in self.levels.items():
+            if level not in resized:
+                resized[level] = resize_to_level(y_eps, level)
+            found[f"adapter.{position}"] = self._conv(_key(position), resized[level])
+        return found
+
+    def _keep(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
+        assert bias is not None
+        weight = weight.detach().to(self.dtype).contiguous(memory_format=torch.channels_last)
+        self.register_buffer(f"{name}_weight", weight)
+        self.register_buffer(f"{name}_bias", bias.detach().to(self.dtype))
+
+    def _conv(self, name: str, image: Tensor) -> Tensor:
+        """A 3x3 convolution of a picture (B, 3, H, W) to a map (B, H, W, C)."""
+        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+        return F.conv2d(image.to(self.dtype), weight, bias, padding=1).permute(0, 2, 3, 1).contiguous()
+
+
+class Step(nn.Module):
+    """One evaluation of the denoiser and the sampler's update behind it."""
+
+    def __init__(
+        self, model: DTPM, adapters: dict[str, MergedAdapter], dtype: torch.dtype,
+        block_kind: type[FoldedBlock] | type[KernelBlock],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.intro_weight: Tensor
+        self.dtype = dtype
+        self.unet = FoldedUNet(model.denoiser, adapters, dtype, block_kind)
+        intro = model.denoiser.intro.weight.detach()[:, :3]
+        self.register_buffer("intro_weight", intro.to(dtype).contiguous(memory_format=torch.channels_last))
+
+    def forward(
+        self, x: Tensor, previous: Tensor, row: Tensor, time_row: Tensor, conditions: Conditions
+    ) -> tuple[Tensor, Tensor]:
+        """x, previous: (B, 3, H, W), this step's x and the step before's x0; row: (7,) of the sampler's table;
+        time_row: (1, sum of 4C). Returns the next x (without fresh noise) and this step's x0."""
+        output = self.network(x, row, time_row, conditions)
+        return update(row, x, output, previous, conditions["y_eps"])
+
+    def network(
+        self, x: Tensor, row: Tensor, time_row: Tensor, conditions: Conditions, mean: Mean = own_mean
+    ) -> Tensor:
+        """The denoiser's output F (B, 3, H, W)."""
+        h = F.conv2d((row[C_IN] * x).to(self.dtype), self.intro_weight, padding=1)
+        h = h.permute(0, 2, 3, 1) + conditions["intro"]
+        rows = time_row if "code_rows" not in conditions else time_row + conditions["code_rows"]
+        maps = {key[len("adapter.") :]: value for key, value in conditions.items() if key.startswith("adapter.")}
+        return self.unet(h, rows.to(self.dtype), maps, mean).to(x.dtype)
+
+
+class Plan:
+    """`prepare`, `step`, and their constants, for one model and one sampler. It is a `Stepper`.
+
+    Args:
+        model: of stage II, in evaluation mode, on its device.
+        steps: of the sampler.
+        dtype: of maps and weights; x, y_eps and the sampler's update stay in the model's own.
+        kernels: run the blocks through the fused kernels instead of folded PyTorch (no other mean can be given then).
+
+    Raises `UserError` for a model of stage I and for gated adapters.
+    """
+
+    def __init__(self, model: DTPM, steps: Steps, dtype: torch.dtype = torch.float32, kernels: bool = False) -> None:
+        if model.stage != 2:
+            raise UserError(
+                f"the plan restores pictures and needs a model of stage 2, this one is of stage {model.stage}"
+            )
+        self.steps, self.dtype = steps, dtype
+        block_kind = KernelBlock if kernels else FoldedBlock
+        positions = list(model.denoiser.positions())
+        present = [position for position in positions if _module(position) in model.adapters]
+        adapters = {p: MergedAdapter(cast(CGAdapter, model.adapters[_module(p)])) for p in present}
+        self.step_module = Step(model, adapters, dtype, block_kind).eval()
+        self.prepare_module = Prepare(model, self.step_module, adapters, dtype, block_kind).eval()
+        own = next(model.denoiser.parameters())
+        self.table = steps.table.to(own)
+        self.time_rows = _time_rows(model, steps).to(own)
+
+    def prepare(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
+        return self.prepare_module(y_d, code)
+
+    def step(self, x: Tensor, previous: Tensor, i: int, conditions: Conditions) -> tuple[Tensor, Tensor]:
+        return self.step_module(x, previous, self.table[i], self.time_rows[i : i + 1], conditions)
+
+    def swap(self, model: DTPM) -> None:
+        """Take another model's weights in place: every tensor keeps its address, so a captured graph replays with them.
+
+        Raises `ValueError` when the other model is of another shape."""
+        other = Plan(model, self.steps, self.dtype, isinstance(self.step_module.unet.blocks[0], KernelBlock))
+        for mine, theirs in ((self.step_module, other.step_module), (self.prepare_module, other.prepare_module)):
+            try:
+                mine.load_state_dict(theirs.state_dict())
+            except RuntimeError as error:
+                raise ValueError(f"the new weights are for a network of another shape: {error}") from error
+        self.time_rows.copy_(other.time_rows)
+
+    def hoisted(self, conditions: Conditions | None = None) -> list[Hoisted]:
+        """What left the step, with bytes; those of an image for the given conditions (else 0)."""
+        given = conditions or {}
+        step, prepare = self.step_module, self.prepare_module
+        matrices = [cast(Tensor | None, block.matrix) for block in step.unet.blocks]
+        maps = [value for key, value in given.items() if key.startswith("adapter.")]
+        return [
+            Hoisted("time embedding to the modulation rows of all blocks", "model and S", _bytes(self.time_rows)),
+            Hoisted("sampler: scalings, DDIM update and clipping as one row", "model and S", _bytes(self.table)),
+            Hoisted("merged adapters I + W_out W_in", "model", _bytes(*matrices)),
+            Hoisted("beta, gamma, PixelShuffle's order and LN's affine, in the weights", "model", 0),
+            Hoisted("semantic code to its share of the modulation rows", "image", _bytes(given.get("code_rows"))),
+            Hoisted("condition's half of the intro convolution", "image", _bytes(given.get("intro"))),
+            Hoisted(f"bias maps of {len(prepare.levels)} adapters", "image", _bytes(*maps)),
+        ]
+
+
+def _time_rows(model: DTPM, steps: Steps) -> Tensor:
+    """(S, sum of 4C) float64: every block's shift1, 1 + scale1, shift2, 1 + scale2 as far as gamma gives them."""
+    denoiser, own = model.denoiser, next(model.denoiser.parameters())
+    e = denoiser.time_mlp(sinusoid(1000 * steps.gammas.to(own).sqrt(), denoiser.embedding)).detach().double()
+    rows = []
+    for position, channels in denoiser.positions().items():
+        projection = _modulation(model, position)
+        row = F.linear(e, projection.weight.detach().double(), projection.bias.detach().double())
+        one = torch.ones(channels, dtype=row.dtype, device=row.device)
+        rows.append(row + torch.cat([0 * one, one, 0 * one, one]))
+    return torch.cat(rows, dim=1)
+
+
+def _modulation(model: DTPM, position: str) -> nn.Linear:
+    return cast(DenoisingBlock, model.denoiser.get_submodule(position)).modulation
+
+
+def _module(position: str) -> str:
+    return position.replace(".", "_")
+
+
+def _key(position: str) -> str:
+    return "adapter_" + _module(position)
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -1,0 +1,244 @@
+"""The U-Net rewritten for inference: everything that can be folded into its weights is.
+
+Maps are (B, H, W, C) and contiguous: a 1x1 convolution is a matrix product, LN reads whole rows, and the view
+(B, C, H, W) of the same memory is channels_last, which the 3x3 convolutions want. Folding happens in float64.
+
+What is folded: beta and gamma into conv3 and conv5, channel attention's vector into conv3's matrix, "1 +" into the
+scale, conv5 into the merged adapter, PixelShuffle's order into the rows of the convolution before it.
+"""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtpm_fast.errors import UserError
+from dtpm_fast.kernels import BlockWeights, denoising_block
+from dtpm_fast.model.adapter import CGAdapter
+from dtpm_fast.model.block import Block
+from dtpm_fast.model.unet import UNet
+
+# Called with a block's number and its gated map (B, h, w, C); returns its mean (B, 1, C) for channel attention.
+Mean = Callable[[int, Tensor], Tensor]
+
+
+def own_mean(_: int, gated: Tensor) -> Tensor:
+    """The mean over the pixels of the map itself, as channel attention is defined; summed in float32 or better."""
+    return gated.mean(dim=(1, 2), dtype=torch.promote_types(gated.dtype, torch.float32)).to(gated.dtype)[:, None]
+
+
+class MergedAdapter:
+    """CG-Adapter(f, y_eps) = M f + Conv(y_eps), M = I + W_out W_in, with one 3x3 convolution from y_eps to C channels.
+
+    Equation 5 multiplied out, exact because the adapter is linear. Raises `UserError` for a gated one.
+    """
+
+    def __init__(self, adapter: CGAdapter) -> None:
+        if adapter.gated:
+            raise UserError(
+                "gated adapters are not linear and cannot be merged: use the reference backend "
+                "(--backend reference), or train with adapter_kind=linear"
+            )
+        m_in, m_out = (_double(layer.weight).flatten(1) for layer in (adapter.m_in, adapter.m_out))
+        self.matrix = torch.eye(m_out.shape[0], dtype=torch.float64, device=m_out.device) + m_out @ m_in
+        self.kernel = torch.einsum("oi,ichw->ochw", m_out, _double(adapter.conv.weight))
+        self.bias = m_out @ (_double(adapter.m_in.bias) + _double(adapter.conv.bias)) + _double(adapter.m_out.bias)
+
+
+class FoldedBlock(nn.Module):
+    """Figure 4's block, and the linear half of the adapter behind it."""
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    w3: Tensor
+    b3: Tensor
+    w4: Tensor
+    b4: Tensor
+    w5: Tensor
+    b5: Tensor
+    w_sca: Tensor
+    b_sca: Tensor
+    matrix: Tensor | None
+
+    def __init__(self, block: Block, adapter: MergedAdapter | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.channels = block.conv3.in_channels
+        beta, gamma = _double(block.beta).flatten(), _double(block.gamma).flatten()
+        w3, w5 = (_double(layer.weight).flatten(1) for layer in (block.conv3, block.conv5))
+        w3, b3 = beta[:, None] * w3, beta * _double(block.conv3.bias)
+        w5, b5 = gamma[:, None] * w5, gamma * _double(block.conv5.bias)
+        if adapter is not None:
+            w5 = adapter.matrix @ w5  # and M b5 is a part of the bias map
+        convolutions = {"1": block.conv1, "2": block.conv2, "4": block.conv4, "_sca": _sca(block)}
+        folded = {"w3": w3, "b3": b3, "w5": w5, "b5": b5}
+        for name, layer in convolutions.items():
+            folded["w" + name], folded["b" + name] = _double(layer.weight), _double(layer.bias)
+        folded["w_sca"] = folded["w_sca"].flatten(1)
+        for name, value in folded.items():
+            self.register_buffer(name, value.to(dtype).contiguous())
+        self.register_buffer("matrix", None if adapter is None else adapter.matrix.to(dtype).contiguous())
+        self.residual_bias = b5  # float64, for the bias map; no part of the state
+
+    def forward(
+        self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], bias_map: Tensor | None, number: int, mean: Mean
+    ) -> Tensor:
+        """x, bias_map: (B, h, w, C); rows: shift1, 1 + scale1, shift2, 1 + scale2, each (B or 1, C)."""
+        shift1, scale1, shift2, scale2 = rows
+        c = self.channels
+        gated = _gate(self._depthwise(_pointwise(_adaln(x, shift1, scale1), self.w1, self.b1)), c)
+        attention = F.linear(mean(number, gated), self.w_sca, self.b_sca)  # (B, 1, C)
+        y = _add_product(x + self.b3, gated, self.w3 * attention)
+        gated = _gate(_pointwise(_adaln(y, shift2, scale2), self.w4, self.b4), c)
+        if bias_map is None or self.matrix is None:
+            return _add_product(y + self.b5, gated, self.w5[None])
+        adapted = torch.baddbmm(_flat(bias_map), _flat(y), _per_sample(self.matrix[None], y)).view(y.shape)
+        return _add_product(adapted, gated, self.w5[None])
+
+    def _depthwise(self, x: Tensor) -> Tensor:
+        x = F.conv2d(x.permute(0, 3, 1, 2), self.w2, self.b2, padding=1, groups=2 * self.channels)
+        return x.permute(0, 2, 3, 1).contiguous()  # a copy only where the convolution chose another layout
+
+
+class KernelBlock(nn.Module):
+    """The same block through `dtpm_fast.kernels.denoising_block`, for GPUs. Channel attention takes its own mean."""
+
+    def __init__(self, block: Block, adapter: MergedAdapter | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        gamma, b5 = _double(block.gamma), _double(block.conv5.bias)
+        self.residual_bias = gamma.flatten() * b5
+        sca = _sca(block)
+        parameters = BlockWeights(
+            block.conv1.weight, block.conv1.bias, block.conv2.weight, block.conv2.bias, sca.weight, sca.bias,
+            block.conv3.weight, block.conv3.bias, block.conv4.weight, block.conv4.bias, block.conv5.weight,
+            b5 if adapter is None else torch.zeros_like(b5),  # M b5 is a part of the bias map
+            block.beta, block.gamma,
+        )  # fmt: skip
+        for name, value in zip(BlockWeights._fields, parameters, strict=True):
+            self.register_buffer(name, value.detach().to(dtype).contiguous())
+        self.register_buffer("matrix", None if adapter is None else adapter.matrix.to(dtype).contiguous())
+
+    def forward(
+        self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], bias_map: Tensor | None, number: int, mean: Mean
+    ) -> Tensor:
+        if mean is not own_mean:
+            raise ValueError("the fused kernels take channel attention's mean over the map that they are given")
+        shift1, scale1, shift2, scale2 = (row.expand(x.shape[0], -1).contiguous() for row in rows)
+        weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
+        adapter = None if bias_map is None else (self.matrix, bias_map.permute(0, 3, 1, 2))
+        h = denoising_block(x.permute(0, 3, 1, 2), shift1, scale1 - 1, shift2, scale2 - 1, weights, adapter)
+        return h.permute(0, 2, 3, 1).contiguous()
+
+
+class FoldedUNet(nn.Module):
+    """All of a U-Net behind its intro convolution, modulation rows and bias maps given."""
+
+    ending_weight: Tensor
+    ending_bias: Tensor
+
+    def __init__(
+        self,
+        unet: UNet,
+        adapters: dict[str, MergedAdapter],
+        dtype: torch.dtype,
+        block_kind: type[FoldedBlock] | type[KernelBlock] = FoldedBlock,
+    ) -> None:
+        super().__init__()
+        self.positions = unet.positions()
+        self.encoder, self.decoder = (
+            [len(list(level.children())) for level in part] for part in (unet.encoders, unet.decoders)
+        )
+        self.middle = len(unet.middle_blks)
+        self.blocks = nn.ModuleList(
+            block_kind(cast(Block, unet.get_submodule(position)), adapters.get(position), dtype)
+            for position in self.positions
+        )
+        for i, down in enumerate(unet.downs):
+            self.register_buffer(f"down{i}_weight", _channels_last(cast(nn.Conv2d, down).weight, dtype))
+            self.register_buffer(f"down{i}_bias", _double(cast(nn.Conv2d, down).bias).to(dtype))
+        for i, up in enumerate(unet.ups):
+            rows = _double(up.get_parameter("0.weight")).flatten(1)
+            # PixelShuffle reads channels as (c, dy, dx); here they are (dy, dx, c).
+            rows = rows.view(-1, 2, 2, rows.shape[1]).permute(1, 2, 0, 3).reshape(rows.shape)
+            self.register_buffer(f"up{i}", rows.to(dtype).contiguous())
+        self.register_buffer("ending_weight", _channels_last(unet.ending.weight, dtype))
+        self.register_buffer("ending_bias", _double(unet.ending.bias).to(dtype))
+
+    def forward(self, h: Tensor, rows: Tensor, bias_maps: dict[str, Tensor], mean: Mean = own_mean) -> Tensor:
+        """h: (B, H, W, C), the intro's output; rows: (B or 1, sum of 4C), every block's shift1, 1 + scale1, shift2,
+        1 + scale2; bias_maps: (B, h, w, C) by position. Returns (B, 3, H, W)."""
+        split = iter(rows.split([c for channels in self.positions.values() for c in 4 * [channels]], dim=1))
+        numbered = enumerate(zip(self.positions, self.blocks, strict=True))
+
+        def run(count: int, h: Tensor) -> Tensor:
+            for _ in range(count):
+                number, (position, block) = next(numbered)
+                four = (next(split), next(split), next(split), next(split))
+                h = block(h, four, bias_maps.get(position), number, mean)
+            return h
+
+        skips = []
+        for i, count in enumerate(self.encoder):
+            h = run(count, h)
+            skips.append(h)
+            weight, bias = getattr(self, f"down{i}_weight"), getattr(self, f"down{i}_bias")
+            h = F.conv2d(h.permute(0, 3, 1, 2), weight, bias, stride=2).permute(0, 2, 3, 1).contiguous()
+        h = run(self.middle, h)
+        for i, count in enumerate(self.decoder):
+            h = run(count, _up(h, getattr(self, f"up{i}"), skips.pop()))
+        return F.conv2d(h.permute(0, 3, 1, 2), self.ending_weight, self.ending_bias, padding=1)
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 1x1 convolution of (B, H, W, C), weight (C', C) or (C', C, 1, 1)."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        # oneDNN's convolution is the faster bf16 product for long maps of few channels, its linear the faster float32.
+        return F.conv2d(x.permute(0, 3, 1, 2), weight.view(*weight.shape[:2], 1, 1), bias).permute(0, 2, 3, 1)
+    return F.linear(x, weight.flatten(1), bias)
+
+
+def _add_product(fresh: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """fresh + W x per pixel, one W (1 or B, C', C) per sample, written over `fresh`: half the traffic of a new map."""
+    return _flat(fresh).baddbmm_(_flat(x), _per_sample(weight, x)).view(fresh.shape)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.view(x.shape[0], -1, x.shape[-1])
+
+
+def _per_sample(weight: Tensor, x: Tensor) -> Tensor:
+    return weight.expand(x.shape[0], -1, -1).mT
+
+
+def _adaln(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LN(x) * scale + shift; "1 +" is in scale. One modulation for the whole batch is LN's own affine."""
+    channels = x.shape[-1:]
+    if shift.shape[0] == 1:
+        return F.layer_norm(x, channels, scale[0], shift[0], eps=1e-6)
+    return torch.addcmul(shift[:, None, None], F.layer_norm(x, channels, eps=1e-6), scale[:, None, None])
+
+
+def _sca(block: Block) -> nn.Conv2d:
+    return cast(nn.Conv2d, block.sca[1])
+
+
+def _gate(x: Tensor, channels: int) -> Tensor:
+    return x[..., :channels] * x[..., channels:]
+
+
+def _up(h: Tensor, weight: Tensor, skip: Tensor) -> Tensor:
+    b, height, width, c = skip.shape
+    h = F.linear(h, weight).view(b, height // 2, width // 2, 2, 2, c).permute(0, 1, 3, 2, 4, 5)
+    return (skip.view(b, height // 2, 2, width // 2, 2, c) + h).view(skip.shape)
+
+
+def _channels_last(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _double(parameter: Tensor | None) -> Tensor:
+    assert parameter is not None  # every convolution here has a bias
+    return parameter.detach().double()
