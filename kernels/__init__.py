@@ -3,6 +3,15 @@
 from dtpm_fast.kernels.adaln import adaln
 from dtpm_fast.kernels.block import BlockWeights, block_weights, denoising_block
 from dtpm_fast.kernels.channel_attention import channel_attention
+from dtpm_fast.kernels.nafnet import accelerate_nafnet
 from dtpm_fast.kernels.simple_gate import simple_gate
 
-__all__ = ["BlockWeights", "adaln", "block_weights", "channel_attention", "denoising_block", "simple_gate"]
+__all__ = [
+    "BlockWeights",
+    "accelerate_nafnet",
+    "adaln",
+    "block_weights",
+    "channel_attention",
+    "denoising_block",
+    "simple_gate",
+]

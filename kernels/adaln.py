@@ -72,7 +72,7 @@ def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 @_adaln.register_fake
-def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:  # noqa: ARG001
+def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x, memory_format=layout_of(x))
 
 
@@ -83,11 +83,11 @@ def _adaln_backward(grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: 
 
 
 @_adaln_backward.register_fake
-def _(grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
+def _(grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x, memory_format=layout_of(x)), shift.new_empty(shift.shape), scale.new_empty(scale.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, shift, scale, ctx.eps = inputs
     ctx.save_for_backward(x, shift, scale)
 

@@ -58,7 +58,7 @@ def ffn_backward(
     """Backward of `z = y + gamma · conv5(gate(conv4(adaln(y))))`.
 
     Returns y's gradient; shift's and scale's, (B, C); conv4's weight's (2C, C) and bias'; and Σ grad·qᵀ (C, C) and
-    Σ grad (C) over the pixels, q being the gate's output, from which conv5's and gamma's follow. All but y's in float64.
+    Σ grad (C) over the pixels, q being the gate's output: conv5's and gamma's follow from them. All but y's in float64.
     """
     samples, channels, height, width = y.shape
     pixels = height * width
@@ -80,7 +80,7 @@ def ffn_backward(
 def conv3_backward(
     grad: torch.Tensor, g: torch.Tensor, weight: torch.Tensor, beta: torch.Tensor, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`(beta · grad) @ W3` as a map; and per sample, in float64, Σ grad·gᵀ (B, C, C) and Σ grad (B, C) over the pixels."""
+    """`(beta · grad) @ W3` as a map; and in float64 Σ grad·gᵀ (B, C, C) and Σ grad (B, C) over each sample's pixels."""
     samples, channels, height, width = g.shape
     pixels = height * width
     programs = programs_per_sample(triton.cdiv(pixels, options["BLOCK_P"]), samples, total=264)

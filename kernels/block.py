@@ -149,11 +149,11 @@ def _block(
 @_block.register_fake
 def _(
     x: Tensor,
-    modulation: list[Tensor],  # noqa: ARG001
-    weights: list[Tensor],  # noqa: ARG001
-    matrix: Tensor | None,  # noqa: ARG001
-    bias_map: Tensor | None,  # noqa: ARG001
-    eps: float,  # noqa: ARG001
+    modulation: list[Tensor],
+    weights: list[Tensor],
+    matrix: Tensor | None,
+    bias_map: Tensor | None,
+    eps: float,
 ) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
@@ -171,9 +171,9 @@ def _block_train(
 @_block_train.register_fake
 def _(
     x: Tensor,
-    modulation: list[Tensor],  # noqa: ARG001
-    weights: list[Tensor],  # noqa: ARG001
-    eps: float,  # noqa: ARG001
+    modulation: list[Tensor],
+    weights: list[Tensor],
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     z, y = (torch.empty_like(x, memory_format=torch.channels_last) for _ in range(2))
     return z, y, x.new_empty(x.shape[:2], dtype=torch.float64)
@@ -192,13 +192,13 @@ def _block_backward(
 
 @_block_backward.register_fake
 def _(
-    grad: Tensor,  # noqa: ARG001
+    grad: Tensor,
     x: Tensor,
-    y: Tensor,  # noqa: ARG001
-    mean: Tensor,  # noqa: ARG001
+    y: Tensor,
+    mean: Tensor,
     modulation: list[Tensor],
     weights: list[Tensor],
-    eps: float,  # noqa: ARG001
+    eps: float,
 ) -> list[Tensor]:
     grad_x = torch.empty_like(x, memory_format=torch.channels_last)
     return [grad_x, *(tensor.new_empty(tensor.shape) for tensor in (*modulation, *weights))]
@@ -211,7 +211,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(x, y, mean, *modulation, *weights)
 
 
-def _backward(ctx, grad, grad_y, grad_mean):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _backward(ctx, grad, grad_y, grad_mean):  # type: ignore[no-untyped-def]
     x, y, mean, *rest = ctx.saved_tensors
     grad_x, *grads = _block_backward(grad, x, y, mean, rest[:4], rest[4:], ctx.eps)
     return grad_x, grads[:4], grads[4:], None

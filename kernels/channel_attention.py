@@ -74,7 +74,7 @@ def _channel_attention(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor,
 
 
 @_channel_attention.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     mean = x.new_empty(x.shape[:2], dtype=torch.float64)
     return torch.empty_like(x, memory_format=layout_of(x)), mean
 
@@ -92,7 +92,7 @@ def _channel_attention_backward(
 
 
 @_channel_attention_backward.register_fake
-def _(grad: Tensor, x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
+def _(grad: Tensor, x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x, memory_format=layout_of(x)), torch.empty_like(weight), torch.empty_like(bias)
 
 
@@ -101,7 +101,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad, grad_mean):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _backward(ctx, grad, grad_mean):  # type: ignore[no-untyped-def]
     x, weight, bias, mean = ctx.saved_tensors
     return _channel_attention_backward(grad, x, mean, weight, bias)
 

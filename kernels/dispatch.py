@@ -1,7 +1,7 @@
 """Which fused kernels run, and with which tile sizes: a recorded table, by kernel, channels and dtype.
 
-`dispatch.json` beside this file holds it; `python -m dtpm_fast.kernels.tune` measures and writes one. A kernel runs with
-the entry of the smallest listed channel count that holds its own. Where there is none, cuBLAS and the stand-alone
+`dispatch.json` beside this file holds it; `python -m dtpm_fast.kernels.tune` measures and writes one. A kernel runs
+with the entry of the smallest listed channel count that holds its own. Where there is none, cuBLAS and the stand-alone
 kernels do the work.
 """
 

@@ -35,7 +35,7 @@ def gate_backward(
     bias: torch.Tensor,
     options: Options,
 ) -> torch.Tensor:
-    """Gradient of the depth-wise convolution's output, whose gate gets `grad · scale + offset` (scale, offset (B, C))."""
+    """Gradient of the depth-wise convolution's output, whose gate gets `grad · scale + offset`; those are (B, C)."""
     _, doubled, height, width = h.shape
     out = torch.empty_like(h)
     gate_backward_kernel[_grid(h, doubled // 2, options)](

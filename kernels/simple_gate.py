@@ -66,11 +66,11 @@ def _simple_gate_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 @_simple_gate_backward.register_fake
-def _(grad: Tensor, x: Tensor) -> Tensor:  # noqa: ARG001
+def _(grad: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=layout_of(x))
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs)
 
 

@@ -1,0 +1,136 @@
+"""A stock NAFNet, written from its published definition (Chen et al., ECCV 2022, figures 2 and 3), and ours in it."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtpm_fast.kernels import accelerate_nafnet
+
+
+class LayerNorm2d(nn.Module):
+    """Over the channels of each pixel, affine."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        variance = (x - mean).pow(2).mean(1, keepdim=True)
+        normal = (x - mean) / (variance + self.eps).sqrt()
+        return normal * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class Gate(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=1)
+        return first * second
+
+
+class StockBlock(nn.Module):
+    def __init__(self, c: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c, 2 * c, 1)
+        self.conv2 = nn.Conv2d(2 * c, 2 * c, 3, padding=1, groups=2 * c)
+        self.conv3 = nn.Conv2d(c, c, 1)
+        self.sca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, c, 1))
+        self.sg = Gate()
+        self.conv4 = nn.Conv2d(c, 2 * c, 1)
+        self.conv5 = nn.Conv2d(c, c, 1)
+        self.norm1 = LayerNorm2d(c)
+        self.norm2 = LayerNorm2d(c)
+        self.dropout1 = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.beta = nn.Parameter(torch.randn(1, c, 1, 1))
+        self.gamma = nn.Parameter(torch.randn(1, c, 1, 1))
+
+    def forward(self, inp: Tensor) -> Tensor:
+        x = self.sg(self.conv2(self.conv1(self.norm1(inp))))
+        y = inp + self.dropout1(self.conv3(x * self.sca(x))) * self.beta
+        return y + self.conv5(self.sg(self.conv4(self.norm2(y)))) * self.gamma
+
+
+class StockNAFNet(nn.Module):
+    """Two levels; pictures reflect nothing and are padded with zeros to even sides, as published."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.intro = nn.Conv2d(3, width, 3, padding=1)
+        self.encoders = nn.ModuleList([nn.Sequential(StockBlock(width))])
+        self.downs = nn.ModuleList([nn.Conv2d(width, 2 * width, 2, 2)])
+        self.middle_blks = nn.Sequential(StockBlock(2 * width))
+        self.ups = nn.ModuleList([nn.Sequential(nn.Conv2d(2 * width, 4 * width, 1, bias=False), nn.PixelShuffle(2))])
+        self.decoders = nn.ModuleList([nn.Sequential(StockBlock(width))])
+        self.ending = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, picture: Tensor) -> Tensor:
+        height, width = picture.shape[2:]
+        inp = F.pad(picture, (0, width % 2, 0, height % 2))
+        skip = self.encoders[0](self.intro(inp))
+        x = self.ups[0](self.middle_blks(self.downs[0](skip)))
+        return (self.ending(self.decoders[0](x + skip)) + inp)[:, :, :height, :width]
+
+
+def random_nafnet(width: int = 16) -> StockNAFNet:
+    """With norms and residual weights that a fresh one does not have."""
+    model = StockNAFNet(width)
+    for name, parameter in model.named_parameters():
+        if ".norm" in name:
+            nn.init.normal_(parameter, mean=1.0)
+    return model
+
+
+def test_same_results_and_state_dict() -> None:
+    stock = random_nafnet().double()
+    before = copy.deepcopy(stock.state_dict())
+    fast = accelerate_nafnet(stock)
+    assert fast.state_dict().keys() == before.keys()
+    assert type(stock.middle_blks[0]) is StockBlock
+    picture = torch.rand(2, 3, 9, 12).double()
+    torch.testing.assert_close(fast(picture), stock(picture))
+    fast(picture).square().mean().backward()
+    stock(picture).square().mean().backward()
+    theirs = dict(stock.named_parameters())
+    for name, parameter in fast.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_takes_a_checkpoint() -> None:
+    trained, fresh = random_nafnet(), random_nafnet()
+    picture = torch.rand(1, 3, 6, 5)
+    expected = trained(picture)
+    torch.testing.assert_close(accelerate_nafnet(fresh, trained.state_dict())(picture), expected)
+    torch.testing.assert_close(accelerate_nafnet(fresh, {"params": trained.state_dict()})(picture), expected)
+    assert not torch.equal(fresh(picture), expected)
+
+
+def test_triton_by_the_rule(device: str, dtype: torch.dtype, assert_as_exact_as_eager: Callable[..., None]) -> None:
+    stock = random_nafnet(32).to(device)
+    picture = torch.rand(1, 3, 7, 10, device=device)
+    outs = [copy.deepcopy(stock).to(dtype)(picture.to(dtype)), accelerate_nafnet(stock).to(dtype)(picture.to(dtype))]
+    exact = stock.to(dtype).double()(picture.to(dtype).double())
+    assert_as_exact_as_eager(outs[1:], outs[:1], [exact], ["picture"])
+
+
+def test_one_block_alone() -> None:
+    stock = StockBlock(6)
+    x = torch.randn(2, 6, 5, 4)
+    torch.testing.assert_close(accelerate_nafnet(stock)(x), stock(x))
+
+
+def test_refuses_what_it_would_change() -> None:
+    with pytest.raises(ValueError, match="model Linear has no NAFNet block"):
+        accelerate_nafnet(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="dropout1 of StockBlock drops out"):
+        accelerate_nafnet(StockBlock(4, dropout=0.5))
+    with pytest.raises(ValueError, match="state_dict does not fit the model"):
+        accelerate_nafnet(random_nafnet(16), random_nafnet(8).state_dict())
+    uneven = StockBlock(4)
+    uneven.norm1.eps = 1e-5
+    with pytest.raises(ValueError, match="different eps"):
+        accelerate_nafnet(uneven)
