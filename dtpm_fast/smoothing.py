@@ -92,6 +92,11 @@ def rtv_smooth(
     )
 
 
+def cuda_unavailable() -> str | None:
+    """Why pictures cannot be smoothed on a GPU here; None when they can."""
+    return "this build of dtpm_fast has no CUDA smoother"
+
+
 def _check(
     array: np.ndarray,
     out: Any,

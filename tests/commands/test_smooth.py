@@ -1,0 +1,185 @@
+"""`dtpm-smooth`: its results, what it skips, what it survives."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dtpm_fast import rtv_smooth
+from dtpm_fast.commands.smooth import main
+
+
+def write_photo(path: Path, height: int, width: int, seed: int) -> np.ndarray:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(rgb).save(path)
+    return rgb
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    write_photo(folder / "one.png", 40, 51, 1)
+    write_photo(folder / "deep" / "two.bmp", 33, 70, 2)
+    return folder
+
+
+def test_photos_keep_their_place_and_are_smoothed(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main([str(photos), "-o", str(out), "--lam", "0.02", "--sigma", "2"]) == 0
+    assert sorted(contents(out)) == ["deep/two.png", "dtpm-smooth.json", "one.png"]
+    for source, target in (("one.png", "one.png"), ("deep/two.bmp", "deep/two.png")):
+        expected = rtv_smooth(np.array(Image.open(photos / source)), 0.02, 2.0)
+        np.testing.assert_array_equal(np.array(Image.open(out / target)), expected)
+
+
+def test_crops_are_smoothed_by_themselves(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main([str(photos), "-o", str(out), "--crop", "24", "--stride", "16", "--workers", "2"]) == 0
+    whole = np.array(Image.open(photos / "one.png"))
+    places = [(y, x) for y in (0, 16) for x in (0, 16)]
+    names = [f"one_y{y:05d}_x{x:05d}.png" for y, x in places]
+    assert sorted(p.name for p in (out / "clean").glob("*.png")) == names
+    assert len(list((out / "smooth" / "deep").iterdir())) == 3
+    for (y, x), name in zip(places, names, strict=True):
+        crop = whole[y : y + 24, x : x + 24]
+        np.testing.assert_array_equal(np.array(Image.open(out / "clean" / name)), crop)
+        np.testing.assert_array_equal(np.array(Image.open(out / "smooth" / name)), rtv_smooth(crop))
+
+
+def test_a_rerun_does_only_what_is_missing(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = [str(photos), "-o", str(out), "--crop", "16"]
+    assert main(arguments) == 0
+    before = contents(out)
+    times = {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
+    lost = next((out / "smooth" / "deep").iterdir())
+    lost.unlink()
+    leftover = out / "smooth" / "deep" / f".{lost.name}.k2j3h4.png"
+    leftover.write_bytes(b"half a picture")
+    assert main(arguments) == 0
+    assert contents(out) == before
+    changed = {p for p, at in times.items() if p.stat().st_mtime_ns != at}
+    assert changed == {lost, Path(str(lost).replace("smooth/deep", "clean/deep"))}
+
+
+def test_broken_photos_are_named_at_the_end(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "broken.jpg").write_bytes(b"not a picture")
+    truncated = (photos / "one.png").read_bytes()[:2000]
+    (photos / "deep" / "cut.png").write_bytes(truncated)
+    out = tmp_path / "out"
+    assert main([str(photos), "-o", str(out)]) == 1
+    assert sorted(contents(out)) == ["deep/two.png", "dtpm-smooth.json", "one.png"]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 2
+    assert "cut.png: not a readable picture" in "".join(errors)
+    assert "broken.jpg: not a readable picture" in "".join(errors)
+    assert main([str(photos), "-o", str(tmp_path / "crops"), "--crop", "36"]) == 1
+    assert "two.bmp: 70x33 is smaller than a crop of 36" in capsys.readouterr().err
+
+
+def test_settings_do_not_mix(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main([str(photos), "-o", str(out)]) == 0
+    assert main([str(photos), "-o", str(out), "--lam", "0.5"]) == 1
+    assert "other settings" in capsys.readouterr().err
+    assert json.loads((out / "dtpm-smooth.json").read_text())["lam"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["missing", "-o", "out"], 1, "missing: no such file or folder"),
+        (["empty", "-o", "out"], 1, "empty: no pictures in it"),
+        (["photos", "photos", "-o", "out"], 1, "would have one name"),
+        (["photos", "-o", "photos"], 1, "the result would replace it"),
+        (["photos", "-o", "photos/one.png/out"], 1, "cannot be written"),
+        (["photos", "-o", "out", "--device", "tpu"], 1, "use auto, cpu, cuda or cuda:N"),
+        (["photos", "-o", "out", "--lam", "-1"], 2, "-1: must be zero or positive"),
+        (["photos", "-o", "out", "--sigma", "0"], 2, "0: must be positive"),
+        (["photos", "-o", "out", "--crop", "x"], 2, "invalid int value"),
+        (["photos", "-o", "out", "--stride", "4"], 2, "--stride needs --crop"),
+        (["photos"], 2, "required"),
+    ],
+)
+def test_bad_usage(
+    arguments: list[str],
+    code: int,
+    message: str,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    Path("empty").mkdir()
+    if code == 2:
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 2
+    else:
+        assert main(arguments) == code
+    assert message in capsys.readouterr().err
+
+
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    assert "dtpm-smooth photos/ -o smooth/" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_killed_three_times_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    for i in range(8):
+        write_photo(photos / f"{i}.png", 5 * 48, 5 * 48, i)
+    arguments = [str(photos), "--crop", "48"]
+    assert main([*arguments, "-o", str(tmp_path / "whole")]) == 0
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "dtpm_fast.commands.smooth", *arguments, "-o", str(out)]
+    for kills in range(1, 4):
+        run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+        while len(list(out.rglob("smooth/*.png"))) < 45 * kills and run.poll() is None:
+            time.sleep(0.002)
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        assert 45 * kills <= len(list(out.rglob("smooth/*.png"))) < 200
+    assert main([*arguments, "-o", str(out)]) == 0
+    assert contents(out) == contents(tmp_path / "whole")
+    assert len(list((out / "smooth").iterdir())) == 200
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_a_cluster_without_ray_says_what_to_install(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(photos), "-o", str(tmp_path / "out"), "--cluster", "local"]) == 1
+    assert "pip install 'dtpm-fast[cluster]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: pip install 'dtpm-fast[cluster]'")
+def test_a_local_cluster_gives_the_same_bytes(photos: Path, tmp_path: Path) -> None:
+    (photos / "broken.jpg").write_bytes(b"not a picture")
+    assert main([str(photos), "-o", str(tmp_path / "here"), "--crop", "16"]) == 1
+    command = [sys.executable, "-m", "dtpm_fast.commands.smooth", str(photos), "--crop", "16"]
+    command += ["-o", str(tmp_path / "there"), "--cluster", "local"]
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "broken.jpg: not a readable picture" in done.stderr
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
