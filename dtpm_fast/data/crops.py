@@ -75,8 +75,8 @@ class SmoothedCrops(Dataset[tuple[Tensor, Tensor]]):
     texture-free form.
 
     y_s is `dtpm_fast.smoothing.rtv_smooth` of the crop, on one thread, or, with `smoothed`, the same place of the
-    picture of the same name (any picture suffix, same subfolder; of a list of photos, the name alone) in that folder, as
-    `dtpm-smooth` writes it.
+    picture of the same name (any picture suffix, same subfolder; of a list of photos, the name alone) in that folder,
+    as `dtpm-smooth` writes it.
     Raises `UserError` as `PhotoCrops` does, and for a smoothed picture that is missing or of another size.
     """
 
