@@ -47,6 +47,10 @@ class Protocol:
         )  # fmt: skip
         return dict(zip(FIGURES, torch.cat(found).tolist(), strict=True))
 
+    def rounded(self, image: Tensor) -> Tensor:
+        """The picture in [0, 1] as this protocol compares it, float32."""
+        return (self.on_255(image) / 255).float()
+
     def on_255(self, image: Tensor) -> Tensor:
         """[0, 1] to float64 on 0..255, rounded when the protocol compares 8-bit files."""
         scaled = image.double().clamp(0, 1) * 255

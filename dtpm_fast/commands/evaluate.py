@@ -1,0 +1,297 @@
+"""`dtpm-evaluate`: mean figures of the input, the predictor's picture and the result, beside the paper's."""
+
+import argparse
+import csv
+import hashlib
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from dtpm_fast import __version__
+from dtpm_fast.atomic import atomic_path
+from dtpm_fast.commands.run import run
+from dtpm_fast.data.layouts import SPLITS, find_pairs
+from dtpm_fast.tasks import TASKS
+
+if TYPE_CHECKING:  # they import torch: not for --help or a mistyped path
+    import torch
+
+    from dtpm_fast.metrics.evaluation import Method, Row, Scored
+    from dtpm_fast.metrics.perceptual import Lpips, PatchFid
+    from dtpm_fast.runtime.restorer import Restorer
+
+EXAMPLE = """examples:
+  dtpm-evaluate --task derain --data rain100L --split-file split.csv --json result.json --report result.html
+  dtpm-evaluate --task deblur --data GoPro --weights runs/deblur/weights.safetensors --steps 4 10 50 --csv images.csv
+  dtpm-evaluate --task raindrop --data RainDrop --weights drop.safetensors --protocol weatherdiff --note "test set A"
+The table goes to standard output as Markdown. Protocols and metrics are described in docs/evaluation.md."""
+PREDICTOR = "initial predictor"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 1 on a failure, 2 on bad usage."""
+    parser = argparse.ArgumentParser(
+        prog="dtpm-evaluate",
+        description="Measure a restorer on a test set, and print the paper's table with our rows beside its own.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--task", required=True, choices=tuple(TASKS))
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="the data set, in its own layout")
+    parser.add_argument("--split", default="test", choices=SPLITS, help="default: test")
+    parser.add_argument(
+        "--split-file", type=Path, metavar="FILE", help="CSV (name, split) or list that chooses pictures"
+    )
+    parser.add_argument("--weights", default="light", help="weights file, or the name of shipped ones (default: light)")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[4], metavar="S", help="steps of the sampler (default: 4)"
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=("native", "weatherdiff", "gopro", "dpdd"),
+        help="default: gopro for deblur, dpdd for defocus, native for the weather tasks",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was measured, and on what")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="the figures of every picture")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="an HTML page to look at the pictures")
+    parser.add_argument("--report-images", type=int, default=12, metavar="N", help="pictures in the page (default: 12)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures by name")
+    parser.add_argument("--note", default="", help="printed below the table, for instance that the data is synthetic")
+    parser.add_argument("--lpips", default="auto", metavar="auto|off|FILE", help="FILE: torchvision's AlexNet")
+    parser.add_argument(
+        "--fid",
+        default="auto",
+        metavar="auto|off|FILE",
+        help="auto: for deblur only; FILE: torch-fidelity's InceptionV3",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--backend", default="auto", help="as dtpm-restore (default: auto)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for every picture (default: 0)")
+    options = parser.parse_args(arguments)
+    for name in ("limit", "report_images"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if len(set(options.steps)) < len(options.steps):
+        parser.error("--steps: a number of steps is given twice")
+    for flag in ("json", "csv", "report"):
+        path = getattr(options, flag)
+        if path is not None and path.is_dir():
+            parser.error(f"--{flag} {path}: is a folder, give a file name")
+    command = shlex.join(["dtpm-evaluate", *(sys.argv[1:] if arguments is None else arguments)])
+    return run(lambda: _evaluate(options, command))
+
+
+def _evaluate(options: argparse.Namespace, command: str) -> int:
+    found = find_pairs(options.task, options.data, options.split, options.split_file)
+    pairs = found.pairs[: options.limit]
+
+    from dtpm_fast.metrics.evaluation import INPUT, mean_figures, score
+    from dtpm_fast.metrics.paper_tables import comparison
+    from dtpm_fast.metrics.protocols import PROTOCOLS, default_protocol
+    from dtpm_fast.runtime.shipped import find_weights
+
+    protocol = PROTOCOLS[options.protocol or default_protocol(options.task)]
+    weights = find_weights(options.weights, options.task)
+    methods, device, restorers = _methods(options)
+    lpips, fid, left_out = _perceptual(options, [INPUT, *methods], device)
+    for line in [*restorers, *left_out]:
+        print(line, file=sys.stderr)
+
+    shown = _evenly(len(pairs), options.report_images) if options.report else set()
+    rows: list[Row] = []
+    kept: list[Scored] = []
+    for scored in tqdm(score(pairs, methods, protocol, lpips, fid), total=len(pairs), unit="picture", disable=None):
+        if len(rows) in shown:
+            kept.append(scored)
+        rows.append(scored.row)
+    means = mean_figures(rows)
+    for name, distance in (fid.compute() if fid else {}).items():
+        means[name]["fid"] = distance
+
+    table = comparison(options.task, protocol, means, len(rows), str(options.data), options.note)
+    facts: dict[str, Any] = {
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "task": options.task,
+        "data": str(options.data),
+        "layout": found.layout,
+        "split": options.split,
+        "split_file": str(options.split_file) if options.split_file else None,
+        "images": len(rows),
+        "protocol": {
+            "name": protocol.name,
+            "about": protocol.about,
+            "psnr": protocol.headline[0],
+            "ssim": protocol.headline[1],
+        },
+        "steps": options.steps,
+        "seed": options.seed,
+        "note": options.note,
+        "weights": {
+            "file": weights.path.name,
+            "sha256": hashlib.sha256(weights.path.read_bytes()).hexdigest(),
+            "task": weights.task,
+            "trained": weights.trained,
+            "config": json.loads(weights.config.to_json()),
+        },
+        "device": _device_name(device),
+        "restorers": restorers,
+        "versions": _versions(),
+        "left_out": left_out,
+        "fid_patches": fid.patches if fid else 0,
+        "mean": means,
+    }
+    if options.json:
+        per_image = [{"name": r.name, "width": r.width, "height": r.height, "figures": r.figures} for r in rows]
+        _write_text(options.json, json.dumps({**facts, "per_image": per_image}, indent=1, allow_nan=False) + "\n")
+    if options.csv:
+        _write_csv(options.csv, rows)
+    if options.report:
+        _write_report(options, kept, len(rows), facts, means)
+    print(table)
+    print(f"- Weights {weights.path.name}, {facts['device']}, {facts['date'][:10]}: `{command}`")
+    return 0
+
+
+def _methods(options: argparse.Namespace) -> tuple[dict[str, "Method"], "torch.device", list[str]]:
+    """The predictor alone, and the result for each number of steps; the device; a line about each restorer."""
+    from dtpm_fast.runtime.restorer import Restorer
+
+    restorers = {
+        f"{steps} step{'s' if steps > 1 else ''}": Restorer.from_pretrained(
+            options.weights, options.task, steps, options.device, options.backend, options.seed
+        )
+        for steps in options.steps
+    }
+    first = next(iter(restorers.values()))
+    about = [restorer.about for restorer in restorers.values()]
+    return {PREDICTOR: _predictor(first), **restorers}, first.device, about
+
+
+def _predictor(restorer: "Restorer") -> "Method":
+    """y_eps, the initial predictor's picture, with the restorer's own padding."""
+    import torch
+
+    from dtpm_fast.runtime.photo import from_network, pad_to, round_up, to_network
+
+    @torch.inference_mode()
+    def predict(photo: "torch.Tensor") -> "torch.Tensor":
+        height, width = photo.shape[-2:]
+        size = [round_up(side, restorer.model.multiple) for side in (height, width)]
+        y_d = to_network(pad_to(photo.to(restorer.device), *size)).contiguous(memory_format=torch.channels_last)
+        return from_network(restorer.model.predict(y_d)[..., :height, :width], photo.dtype)
+
+    return predict
+
+
+def _perceptual(
+    options: argparse.Namespace, methods: list[str], device: "torch.device"
+) -> tuple["Lpips | None", "PatchFid | None", list[str]]:
+    """LPIPS and patch FID, and a line for each that was wanted and is left out."""
+    from dtpm_fast.metrics.backbones import BackboneMissing
+    from dtpm_fast.metrics.perceptual import Lpips, PatchFid
+
+    left_out: list[str] = []
+
+    def build(wanted: str, by_default: bool, make: Callable[[str | None], Any]) -> Any:
+        if wanted == "off" or (wanted == "auto" and not by_default):
+            return None
+        try:
+            return make(None if wanted == "auto" else wanted)
+        except BackboneMissing as error:
+            left_out.append(str(error))
+            return None
+
+    lpips = build(options.lpips, True, lambda file: Lpips(device, file))
+    fid = build(options.fid, options.task == "deblur", lambda file: PatchFid(methods, device, file))
+    return lpips, fid, left_out
+
+
+def _write_csv(path: Path, rows: Sequence["Row"]) -> None:
+    """One line per picture and method."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        figures = list(next(iter(rows[0].figures.values())))
+        writer = csv.writer(file)
+        writer.writerow(["name", "width", "height", "method", *figures])
+        for row in rows:
+            for method, found in row.figures.items():
+                writer.writerow([row.name, row.width, row.height, method, *(f"{found[name]:.6f}" for name in figures)])
+
+
+def _write_report(
+    options: argparse.Namespace, kept: Sequence["Scored"], total: int, facts: dict[str, Any], means: dict[str, Any]
+) -> None:
+    from dtpm_fast.report import Case, Picture, write_report
+
+    def picture(label: str, image: "torch.Tensor", figures: dict[str, float]) -> Picture:
+        rgb = (image[0].permute(1, 2, 0) * 255).round().clamp(0, 255).byte().numpy()
+        return Picture(label, rgb, figures)
+
+    cases = [
+        Case(
+            scored.row.name,
+            [picture(name, image, scored.row.figures[name]) for name, image in scored.images.items()],
+            picture("ground truth", scored.target, {}),
+        )
+        for scored in kept
+    ]
+    chosen = "all of them" if len(kept) == total else f"{len(kept)} of them below, evenly spaced by name, not by result"
+    about = {
+        "Data": f"{options.data}, {total} pictures; {chosen}",
+        "Protocol": f"{facts['protocol']['name']}: {facts['protocol']['about']}",
+        "Restorer": " | ".join(facts["restorers"]),
+        "Date": facts["date"][:10],
+        "Command": facts["command"],
+        **({"Note": options.note} if options.note else {}),
+        **({"Left out": "; ".join(facts["left_out"])} if facts["left_out"] else {}),
+    }
+    write_report(cases, options.report, title=f"dtpm-evaluate: {TASKS[options.task]}", about=about, means=means)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _evenly(total: int, count: int) -> set[int]:
+    count = min(total, count)
+    return {round(i * (total - 1) / max(1, count - 1)) for i in range(count)}
+
+
+def _device_name(device: "torch.device") -> str:
+    import torch
+
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda})"
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def _versions() -> dict[str, str]:
+    import numpy
+    import torch
+    import torchmetrics
+    import torchvision
+
+    modules = {"torch": torch, "torchvision": torchvision, "torchmetrics": torchmetrics, "numpy": numpy}
+    return {
+        "dtpm-fast": __version__,
+        "python": platform.python_version(),
+        **{name: str(module.__version__) for name, module in modules.items()},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
