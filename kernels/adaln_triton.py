@@ -40,9 +40,9 @@ def adaln_backward(
 
 
 def launch_options(channels: int, channels_last: bool) -> Options:
-    """Whole rows of channels, tiles of about 2,048 elements; NCHW wants at least 16 pixels side by side."""
+    """Whole rows of channels, tiles of about 2,048 elements; NCHW wants at least 8 pixels side by side."""
     block_c = triton.next_power_of_2(channels)
-    block_p = max(2048 // block_c, 1 if channels_last else 16)
+    block_p = max(2048 // block_c, 1 if channels_last else 8)
     # 16 elements a thread: the backward holds several tiles in registers.
     return {"BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": min(max(block_c * block_p // 512, 4), 16)}
 

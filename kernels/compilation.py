@@ -21,7 +21,6 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dtpm_fast.atomic import atomic_path
 from dtpm_fast.commands.run import run
 from dtpm_fast.errors import UserError
 from dtpm_fast.kernels import (
@@ -34,11 +33,11 @@ from dtpm_fast.kernels import (
 )
 from dtpm_fast.kernels.adaln_conv1x1_triton import block_of
 from dtpm_fast.kernels.dispatch import Options, options_of
+from dtpm_fast.kernels.document import write_table
 
 CAPABILITIES = (80, 90)
 CHANNELS = (16, 32, 48, 64, 128, 256, 512)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MARKERS = ("<!-- compiled kernels: begin -->", "<!-- compiled kernels: end -->")
 
 # Pointers to float32 whatever the maps hold: sums, and vectors that were sums.
 FLOAT32 = {
@@ -197,12 +196,7 @@ def _work(arguments: argparse.Namespace) -> int:
     if arguments.write is None:
         print(text)
     else:
-        document = arguments.write.read_text(encoding="utf-8")
-        if not all(marker in document for marker in MARKERS):
-            raise UserError(f"{arguments.write}: lacks the lines {MARKERS[0]} and {MARKERS[1]}")
-        before, after = document.split(MARKERS[0])[0], document.split(MARKERS[1])[1]
-        with atomic_path(arguments.write) as path:
-            path.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}", encoding="utf-8")
+        write_table(arguments.write, "compiled kernels", text)
     spilled = [case.name for case, got in rows if any(found.spilled_bytes for found in got.values())]
     if spilled:
         raise UserError(f"these kernels spill registers: {', '.join(sorted(set(spilled)))}")

@@ -1,8 +1,6 @@
 """The fused block: oracle and equations, Triton kernels by the rule, gradients, registration, compile, errors."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dtpm_fast.kernels import BlockWeights, block_weights, denoising_block
 from dtpm_fast.kernels.block import _block, _block_backward, _block_train, denoising_block_ref
-from dtpm_fast.kernels.dispatch import TABLE
+from dtpm_fast.kernels.dispatch import Table, table, using_table
 
 NAMES = ["out", "x", "shift1", "scale1", "shift2", "scale2", *BlockWeights._fields]
 FUSED = ["adaln_conv1x1_forward", "adaln_conv1x1_backward", "attention_ffn_forward", "ffn_backward", "conv3_backward"]
@@ -42,30 +40,29 @@ def run(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, kin
 
 
 @pytest.fixture(params=["recorded", "fused", "parts"])
-def table(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def kernels(request: pytest.FixtureRequest, dtype: torch.dtype) -> Iterator[str]:
     """The recorded dispatch table; one that fuses everything, in smaller tiles; and one that fuses what it must."""
-    recorded = json.loads(TABLE.read_text(encoding="utf-8"))
-    kernels = recorded["kernels"]
-    if request.param == "fused":
-        for name in kernels:
-            options = {"BLOCK_W": 8, "BLOCK_C": 32, "ROWS": 4}
-            if name in FUSED:
-                options = {"BLOCK_P": 32} | ({"BLOCK_N": 32} if name == FUSED[0] else {})
-            kernels[name] = [{"channels": 1024, "bits": bits, "options": options} for bits in (16, 32)]
-    if request.param == "parts":
-        for name in FUSED:
-            del kernels[name]
-    path = tmp_path / "dispatch.json"
-    path.write_text(json.dumps(recorded), encoding="utf-8")
-    monkeypatch.setenv("DTPM_FAST_DISPATCH", str(path))
-    return request.param
+    recorded = table()
+    if request.param == "recorded" and dtype == torch.float32:
+        pytest.skip("in float32 the recorded table fuses what it must")
+    fused = {"BLOCK_W": 8, "BLOCK_C": 32, "ROWS": 4}, {"BLOCK_P": 32}, {"BLOCK_P": 32, "BLOCK_N": 32}
+    entries: Table = {}
+    for name, entry in recorded.items():
+        options = fused[0] if name not in FUSED else fused[2] if name == FUSED[0] else fused[1]
+        entries[name] = [{"channels": 1024, "bits": bits, "options": options} for bits in (16, 32)]
+        if request.param == "recorded" or (request.param == "parts" and name not in FUSED):
+            entries[name] = entry
+        elif request.param == "parts":
+            entries[name] = []
+    with using_table(entries):
+        yield request.param
 
 
 @pytest.mark.parametrize(("shape", "offset"), [((1, 48, 9, 7), 0.0), ((3, 32, 5, 11), 100.0)])
 def test_triton_by_the_rule(
     device: str,
     dtype: torch.dtype,
-    table: str,
+    kernels: str,
     shape: tuple[int, int, int, int],
     offset: float,
     assert_as_exact_as_eager: Callable[..., None],
@@ -76,7 +73,7 @@ def test_triton_by_the_rule(
     eager, exact = run(denoising_block_ref, inputs, grad, dtype), run(denoising_block_ref, inputs, grad, torch.float64)
     assert ours[0].is_contiguous(memory_format=torch.channels_last)
     assert_as_exact_as_eager(ours, eager, exact, NAMES)
-    if table == "fused":
+    if kernels == "fused" and dtype == torch.float16:
         assert all(torch.equal(a, b) for a, b in zip(ours, run(denoising_block, inputs, grad, dtype), strict=True))
 
 

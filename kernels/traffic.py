@@ -1,0 +1,177 @@
+"""Predicted memory traffic of the block, in units of T, the bytes of one map of C channels; and what autograd keeps.
+
+    python -m dtpm_fast.kernels.traffic                    prints the table
+    python -m dtpm_fast.kernels.traffic --write FILE.md    puts it between the file's two marker lines
+
+The fused kernels are counted by what they read and write once. Eager PyTorch is counted as it runs: every operation's
+inputs and outputs, over shapes alone (no memory, no GPU). Neither counts caches, weights or per-program sums.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dtpm_fast.commands.run import run
+from dtpm_fast.kernels.block import denoising_block_ref
+from dtpm_fast.kernels.block_compute import BlockWeights
+from dtpm_fast.kernels.document import write_table
+
+
+class Maps(NamedTuple):
+    """Maps of C channels that a kernel reads and writes."""
+
+    read: int
+    written: int
+
+
+FORWARD = {
+    "adaln_conv1x1_forward": Maps(1, 2),
+    "dwconv_gate_pool_forward": Maps(2, 1),
+    "attention_ffn_forward": Maps(2, 1),
+}
+# y is kept besides; the backward computes h and g once more.
+TRAINING_FORWARD = FORWARD | {"attention_ffn_forward": Maps(2, 2)}
+BACKWARD = {
+    "ffn_backward": Maps(2, 1),
+    "adaln_conv1x1_forward": Maps(1, 2),
+    "dwconv_gate_pool_forward": Maps(2, 1),
+    "conv3_backward": Maps(2, 1),
+    "gate_backward": Maps(3, 2),
+    "dwconv_backward": Maps(4, 2),
+    "adaln_conv1x1_backward": Maps(4, 1),
+}
+ADAPTER = Maps(1, 0)  # the bias map, read by attention_ffn_forward
+
+
+class Eager(NamedTuple):
+    """Of the oracle in eager PyTorch, in T."""
+
+    forward: float
+    backward: float
+    kept: float
+
+
+def total(kernels: dict[str, Maps]) -> int:
+    """All maps that these kernels read and write."""
+    return sum(sum(maps) for maps in kernels.values())
+
+
+def eager(channels: int = 64, size: int = 256, batch: int = 8, dtype: torch.dtype = torch.bfloat16) -> Eager:
+    """Count the oracle's operations as they run over shapes."""
+    inputs = block_inputs(batch, channels, size, size, dtype, "meta")
+    unit = inputs[0].numel() * inputs[0].element_size()
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[id(tensor)] = tensor
+        return tensor
+
+    with _Count() as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = denoising_block_ref(*leaves[:5], BlockWeights(*leaves[5:]))
+    with _Count() as backward:
+        torch.autograd.grad(out, leaves, torch.empty_like(out))
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept.values()}
+    return Eager(forward.bytes / unit, backward.bytes / unit, sum(storages.values()) / unit)
+
+
+def block_inputs(batch: int, channels: int, height: int, width: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Random x (channels_last), shifts and scales, and the fourteen weights, in the order of `BlockWeights`."""
+    x = torch.randn(batch, channels, height, width, dtype=dtype, device=device)
+    modulation = [0.1 * torch.randn(batch, channels, dtype=dtype, device=device) for _ in range(4)]
+    weights = []
+    for outputs, inputs, side in (
+        (2, channels, 1),
+        (2, 1, 3),
+        *[(1, channels, 1)] * 2,
+        (2, channels, 1),
+        (1, channels, 1),
+    ):
+        scale = (inputs * side**2) ** -0.5
+        weights.append(scale * torch.randn(outputs * channels, inputs, side, side, dtype=dtype, device=device))
+        weights.append(torch.randn(outputs * channels, dtype=dtype, device=device))
+    weights += [torch.randn(1, channels, 1, 1, dtype=dtype, device=device) for _ in range(2)]
+    return [x.contiguous(memory_format=torch.channels_last), *modulation, *weights]
+
+
+class _Count(TorchDispatchMode):
+    """Bytes of every operation's tensors; views and allocations move none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(  # type: ignore[no-untyped-def]
+        self,
+        function,
+        types,
+        arguments=(),
+        keywords=None,
+    ) -> Any:
+        out = function(*arguments, **(keywords or {}))
+        if not function.is_view and "empty" not in str(function):
+            tensors = [*_tensors((arguments, keywords or {})), *_tensors(out)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return out
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def markdown(channels: int, size: int, batch: int) -> str:
+    """Each kernel's reads and writes, and the sums beside eager's."""
+    unit = batch * channels * size**2 * 2
+    lines = [
+        f"C = {channels}, {size}², batch {batch}, 16 bits: T = {unit / 1e6:.1f} MB.",
+        "",
+        "| step | kernel | reads, T | writes, T | predicted, MB | measured, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for step, kernels in (("forward", FORWARD), ("backward", BACKWARD)):
+        lines += [
+            f"| {step} | {name} | {maps.read} | {maps.written} | {sum(maps) * unit / 1e6:.0f} | not run |"
+            for name, maps in kernels.items()
+        ]
+    counted = eager(channels, size, batch)
+    lines += [
+        "",
+        "| | forward | forward in training | backward | kept for the backward |",
+        "|---|---|---|---|---|",
+        f"| fused | {total(FORWARD)} T | {total(TRAINING_FORWARD)} T | {total(BACKWARD)} T | 2 T |",
+        f"| eager PyTorch, counted | {counted.forward:.1f} T | {counted.forward:.1f} T | {counted.backward:.1f} T "
+        f"| {counted.kept:.1f} T |",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dtpm_fast.kernels.traffic",
+        description="Predict the memory traffic of the fused block and count that of eager PyTorch.",
+        epilog="example: python -m dtpm_fast.kernels.traffic --channels 64 --size 256 --batch 8",
+    )
+    parser.add_argument("--channels", type=int, default=64)
+    parser.add_argument("--size", type=int, default=256, help="height and width in pixels")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the table between this file's marker lines")
+    arguments = parser.parse_args()
+
+    def work() -> int:
+        text = markdown(arguments.channels, arguments.size, arguments.batch)
+        if arguments.write is None:
+            print(text)
+        else:
+            write_table(arguments.write, "traffic", text)
+        return 0
+
+    return run(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
