@@ -23,7 +23,7 @@ else:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The networks. `preset` fills width, depths and the predictor's shape unless they are given themselves."""
+    """The networks. `preset` fills every field that is not given itself."""
 
     preset: Literal["tiny", "light", "base"] = "light"
     width: int = 32
@@ -110,6 +110,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "predictor_encoder_blocks": (1, 1, 1),
         "predictor_middle_blocks": 1,
         "predictor_decoder_blocks": (1, 1, 1),
+        "batch_size": 8,  # a run that a laptop finishes in a minute
+        "crop": 96,
     },
     "light": {},
     "base": {

@@ -2,6 +2,7 @@
 (by sample index), gamma and eps. A run that was killed and resumed therefore ends in the same bits on the CPU."""
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -180,11 +181,16 @@ def _batches(run: Run, first: int) -> Iterator[Pair]:
         run.data,
         settings.batch_size,
         sampler=range(first * settings.batch_size, settings.steps * settings.batch_size),
-        num_workers=settings.workers,
+        num_workers=min(settings.workers, usable_cores()),
         pin_memory=run.device.type == "cuda",
         persistent_workers=False,
     )
     yield from loader
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _resumed(run: Run, resume: bool) -> dict[str, Any] | None:

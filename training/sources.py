@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from dtpm_fast.config import TrainConfig
 from dtpm_fast.data.crops import Augment, MixedCrops, PairCrops, SmoothedCrops, SyntheticCrops
-from dtpm_fast.data.layouts import find_pairs
+from dtpm_fast.data.layouts import LayoutNotFound, SplitNotFound, find_pairs
 from dtpm_fast.data.pictures import PictureCache, find_photos
 from dtpm_fast.errors import UserError
 
@@ -129,10 +129,12 @@ def _augment(task: str) -> Augment:
 
 
 def _pairs_or_none(task: str, root: Path, split: str, split_file: Path | None) -> list[tuple[Path, Path]] | None:
-    """The pairs under `root`, or None when it holds no layout of pairs but pictures."""
+    """The pairs under `root`, or None when it holds no layout of pairs, or none of this split."""
     try:
         return find_pairs(task, root, split, split_file).pairs
-    except UserError as error:
-        if split_file is None and "no pairs for" in str(error):
-            return None
-        raise
+    except LayoutNotFound:
+        return None
+    except SplitNotFound:
+        if split == "train":  # a folder of test pairs alone must not be taken for clean photos
+            raise
+        return None

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from dtpm_fast.train import main
 from dtpm_fast.training.checkpoints import list_states
+from dtpm_fast.training.pack import main as pack
 from dtpm_fast.weights_file import read_weights
 
 
@@ -153,3 +154,12 @@ def test_a_loss_that_is_no_number_stops_with_the_batch_saved(photos, tmp_path, t
     assert stage1(photos, tmp_path / "run", [*tiny, "steps=50", "lr=1e30", "clip_grad=0"]) == 1
     assert "the batch is in" in capsys.readouterr().err
     assert list((tmp_path / "run").glob("bad-batch-*.safetensors"))
+
+
+def test_pack_halves_the_file(photos, tmp_path, tiny):
+    assert stage1(photos, tmp_path / "run", [*tiny, "steps=2", "validation_images=0"]) == 0
+    whole, half = tmp_path / "run" / "weights.safetensors", tmp_path / "half.safetensors"
+    assert pack([str(whole), str(half)]) == 0
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    assert read_weights(half).trained == read_weights(whole).trained
+    assert pack([str(tmp_path / "absent"), str(half)]) == 1
