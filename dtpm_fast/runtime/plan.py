@@ -18,7 +18,7 @@ from dtpm_fast.model.adapter import CGAdapter, resize_to_level
 from dtpm_fast.model.block import DenoisingBlock, NAFBlock
 from dtpm_fast.model.denoiser import sinusoid
 from dtpm_fast.model.dtpm import DTPM
-from dtpm_fast.runtime.sampler import C_IN, Conditions, Steps, update
+from dtpm_fast.runtime.sampler import C_IN, Conditions, Steps, sample, update
 from dtpm_fast.runtime.unet import FoldedBlock, FoldedUNet, KernelBlock, Mean, MergedAdapter, own_mean
 
 
@@ -70,12 +70,15 @@ class Prepare(nn.Module):
             code = self.semantic_code(y_d, y_eps)
         return self.conditions(y_d, y_eps, code)
 
-    def predict(self, y_d: Tensor, mean: Mean = own_mean) -> Tensor:
+    def predict(self, y_d: Tensor) -> Tensor:
         """y_eps, the initial predictor's picture."""
-        if self.predictor is None:
-            return y_d
+        return y_d if self.predictor is None else y_d + self.residual(y_d)
+
+    def residual(self, y_d: Tensor, mean: Mean = own_mean) -> Tensor:
+        """What the initial predictor adds to y_d."""
+        assert self.predictor is not None
         h = self._conv("predictor_intro", y_d)
-        return y_d + self.predictor(h, self.affine_rows, {}, mean).to(y_d.dtype)
+        return self.predictor(h, self.affine_rows, {}, mean).to(y_d.dtype)
 
     def semantic_code(self, y_d: Tensor, y_eps: Tensor) -> Tensor | None:
         """(B, C), None without a semantic encoder."""
@@ -158,7 +161,7 @@ class Plan:
             raise UserError(
                 f"the plan restores pictures and needs a model of stage 2, this one is of stage {model.stage}"
             )
-        self.steps, self.dtype = steps, dtype
+        self.steps, self.dtype, self.kernels = steps, dtype, kernels
         block_kind = KernelBlock if kernels else FoldedBlock
         positions = list(model.denoiser.positions())
         present = [position for position in positions if _module(position) in model.adapters]
@@ -175,11 +178,14 @@ class Plan:
     def step(self, x: Tensor, previous: Tensor, i: int, conditions: Conditions) -> tuple[Tensor, Tensor]:
         return self.step_module(x, previous, self.table[i], self.time_rows[i : i + 1], conditions)
 
+    def restore(self, y_d: Tensor, noise: Tensor) -> Tensor:
+        return sample(self, self.prepare(y_d), noise)
+
     def swap(self, model: DTPM) -> None:
         """Take another model's weights in place: every tensor keeps its address, so a captured graph replays with them.
 
         Raises `ValueError` when the other model is of another shape."""
-        other = Plan(model, self.steps, self.dtype, isinstance(self.step_module.unet.blocks[0], KernelBlock))
+        other = Plan(model, self.steps, self.dtype, self.kernels)
         for mine, theirs in ((self.step_module, other.step_module), (self.prepare_module, other.prepare_module)):
             try:
                 mine.load_state_dict(theirs.state_dict())

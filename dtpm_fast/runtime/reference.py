@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dtpm_fast.model.dtpm import DTPM
-from dtpm_fast.runtime.sampler import C_IN, Conditions, Steps, update
+from dtpm_fast.runtime.sampler import C_IN, Conditions, Steps, sample, update
 
 
 class Reference:
@@ -26,3 +26,6 @@ class Reference:
         gamma = self.gammas[i].expand(x.shape[0])
         output = self.model.denoise(row[C_IN] * x, conditions["condition"], gamma, conditions.get("code"), y_eps)
         return update(row, x, output, previous, y_eps)
+
+    def restore(self, y_d: Tensor, noise: Tensor) -> Tensor:
+        return sample(self, self.prepare(y_d), noise)

@@ -51,6 +51,9 @@ class Stepper(Protocol):
     def step(self, x: Tensor, previous: Tensor, i: int, conditions: Conditions) -> tuple[Tensor, Tensor]:
         """x of step i and the x0 of the step before to x of step i + 1 (without fresh noise) and its x0."""
 
+    def restore(self, y_d: Tensor, noise: Tensor) -> Tensor:
+        """`prepare` and all steps: y_d (B, 3, H, W) in [-1, 1], noise (fields, 3, H, W), to the restored picture."""
+
 
 def make_steps(config: Config, steps: int, sampler: str = "ddim") -> Steps:
     """The table of a sampler with S steps. Raises `UserError` unless 1 <= S <= T, for an unknown sampler, and for

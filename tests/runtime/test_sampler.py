@@ -72,6 +72,9 @@ class _Gaussian:
         output = (x0 - row[1] * x) / row[2]
         return update(row, x, output, previous, conditions["y_eps"])
 
+    def restore(self, y_d: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return sample(self, self.prepare(y_d), noise)
+
 
 def test_dpm_solver_follows_the_exact_flow_closer_than_ddim() -> None:
     """For a Gaussian the probability flow has a closed form: x(t) = x(T) sqrt(v_t / v_T), v = gamma s^2 + 1 - gamma.
