@@ -90,6 +90,8 @@ class TrainConfig:
     rotate45: bool = False
     seed: int = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
+    # The denoising blocks as written in model/block.py, or through the fused kernels (not yet run on hardware).
+    kernels: Literal["reference", "fused"] = "reference"
     workers: int = 2
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2

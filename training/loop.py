@@ -21,6 +21,7 @@ from dtpm_fast.atomic import atomic_path
 from dtpm_fast.config import Config
 from dtpm_fast.diffusion import sample_gamma, stage1_loss, stage2_loss
 from dtpm_fast.errors import UserError
+from dtpm_fast.model.block import use_kernels
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.training.checkpoints import newest_state, save_state
 from dtpm_fast.training.ema import EMA
@@ -52,6 +53,7 @@ def train(run: Run, resume: bool = False) -> Path:
     """
     settings = run.config.train
     model = run.model.to(run.device).to(memory_format=torch.channels_last)
+    use_kernels(model, settings.kernels == "fused")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(trained.values(), lr=settings.lr, betas=(0.9, 0.999))
     ema = EMA(trained, settings.ema)

@@ -1,4 +1,4 @@
-"""Halve a weights file for shipping: `python -m dtpm_fast.training.pack runs/derain/weights.safetensors out.safetensors`."""
+"""Halve a weights file for shipping: `python -m dtpm_fast.training.pack SOURCE TARGET`."""
 
 import argparse
 import sys

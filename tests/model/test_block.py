@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dtpm_fast.model.block import DenoisingBlock, NAFBlock, adaln, simple_gate
+from dtpm_fast.model.block import DenoisingBlock, NAFBlock, adaln, simple_gate, use_kernels
 
 
 def test_fresh_block_is_the_identity():
@@ -60,3 +60,22 @@ def test_layer_norm_survives_an_offset_in_bfloat16():
 def test_simple_gate_halves_the_channels():
     a, b = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     assert torch.equal(simple_gate(torch.cat([a, b], 1)), a * b)
+
+
+def test_the_kernels_give_the_same_from_the_same_parameters(randomized):
+    """One switch: outputs and every gradient agree, and the state dict is the same one."""
+    block, x, e = (
+        randomized(DenoisingBlock(8, 4)).double(),
+        torch.randn(2, 8, 5, 7).double(),
+        torch.randn(2, 4).double(),
+    )
+    names, found = list(block.state_dict()), []
+    for on in (False, True):
+        use_kernels(block, on)
+        block.zero_grad()
+        out = block(x, e)
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in block.parameters())])
+    assert list(block.state_dict()) == names
+    for reference, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, reference, rtol=1e-9, atol=1e-9)
