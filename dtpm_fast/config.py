@@ -173,11 +173,13 @@ class Config:
 
     @staticmethod
     def from_json(text: str) -> "Config":
-        """The config that `to_json` wrote. Raises `UserError` when the text is something else."""
+        """The config that `to_json` wrote; settings of training that no longer exist are left out, because weights
+        outlive them. Raises `UserError` when the text is something else."""
         try:
             groups = json.loads(text)
-            return Config.of(**{key: value for group in groups.values() for key, value in group.items()})
-        except (ValueError, AttributeError, TypeError) as error:
+            train = {key: value for key, value in groups["train"].items() if key in typing.get_type_hints(TrainConfig)}
+            return Config.of(**groups["model"], **groups["diffusion"], **train)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"not a dtpm-fast config ({error})") from error
 
 

@@ -22,6 +22,15 @@ def test_json_round_trip():
     assert Config.from_json(config.to_json()) == config
 
 
+def test_weights_outlive_settings_of_training():
+    config = Config.of(preset="tiny")
+    text = config.to_json().replace('"train": {', '"train": {"setting_of_old": 3, ')
+    assert Config.from_json(text) == config
+    for other in ("[]", "{}", "no json", '{"model": {"width": "wide"}, "diffusion": {}, "train": {}}'):
+        with pytest.raises(UserError):
+            Config.from_json(other)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
