@@ -10,7 +10,7 @@ import triton.language as tl
 
 from dtpm_fast.kernels.adaln_triton import normalise, normalise_backward
 from dtpm_fast.kernels.dispatch import Options
-from dtpm_fast.kernels.tiles import add_partials, empty_map, programs_per_sample, sum_pixels
+from dtpm_fast.kernels.tiles import COMPILER, add_partials, empty_map, programs_per_sample, sum_pixels
 
 
 def adaln_conv1x1_forward(
@@ -28,7 +28,8 @@ def adaln_conv1x1_forward(
     out = empty_map((samples, outputs, height, width), x)
     adaln_conv1x1_forward_kernel[(triton.cdiv(pixels, options["BLOCK_P"]), samples)](
         x, shift, scale, weight, bias, out, shift.stride(0), scale.stride(0), pixels, eps,
-        CHANNELS=channels, OUTPUTS=outputs, BLOCK_C=block_of(channels), **options,
+        CHANNELS=channels, OUTPUTS=outputs, BLOCK_C=block_of(channels),
+        **options, **COMPILER,
     )  # fmt: skip
     return out
 
@@ -54,7 +55,8 @@ def adaln_conv1x1_backward(
     grad_weight = x.new_empty((samples, programs, 2 * channels, channels), dtype=torch.float32)
     adaln_conv1x1_backward_kernel[(programs, samples)](
         grad, residual, x, shift, scale, weight, grad_x, grad_shift, grad_scale, grad_weight, grad_bias,
-        shift.stride(0), scale.stride(0), pixels, eps, CHANNELS=channels, BLOCK_C=block_of(channels), **options,
+        shift.stride(0), scale.stride(0), pixels, eps, CHANNELS=channels, BLOCK_C=block_of(channels),
+        **options, **COMPILER,
     )  # fmt: skip
     return (
         grad_x,

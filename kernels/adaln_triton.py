@@ -7,7 +7,7 @@ import triton.language as tl
 
 from dtpm_fast.kernels.checks import is_channels_last
 from dtpm_fast.kernels.dispatch import Options
-from dtpm_fast.kernels.tiles import add_partials, programs_per_sample, sum_pixels, tile_offsets
+from dtpm_fast.kernels.tiles import COMPILER, add_partials, programs_per_sample, sum_pixels, tile_offsets
 
 
 def adaln_forward(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
@@ -18,7 +18,7 @@ def adaln_forward(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps
     grid = (triton.cdiv(height * width, options["BLOCK_P"]), samples)
     adaln_forward_kernel[grid](
         x, shift, scale, out, shift.stride(0), scale.stride(0), height * width, eps,
-        CHANNELS=channels, CHANNELS_LAST=is_channels_last(x), **options,
+        CHANNELS=channels, CHANNELS_LAST=is_channels_last(x), **options, **COMPILER,
     )  # fmt: skip
     return out
 
@@ -34,7 +34,7 @@ def adaln_backward(
     partials = torch.empty((2, samples, programs, channels), device=x.device, dtype=torch.float32)
     adaln_backward_kernel[(programs, samples)](
         grad, x, scale, grad_x, partials[0], partials[1], scale.stride(0), height * width, eps,
-        CHANNELS=channels, CHANNELS_LAST=is_channels_last(x), **options,
+        CHANNELS=channels, CHANNELS_LAST=is_channels_last(x), **options, **COMPILER,
     )  # fmt: skip
     return grad_x, add_partials(partials[0]), add_partials(partials[1])
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from dtpm_fast.kernels.adaln_conv1x1_triton import block_of, load_modulation, load_row, load_weight, store_square
 from dtpm_fast.kernels.adaln_triton import normalise, normalise_backward
 from dtpm_fast.kernels.dispatch import Options
-from dtpm_fast.kernels.tiles import add_partials, programs_per_sample, sum_pixels
+from dtpm_fast.kernels.tiles import COMPILER, add_partials, programs_per_sample, sum_pixels
 
 
 def attention_ffn_forward(
@@ -40,7 +40,8 @@ def attention_ffn_forward(
     attention_ffn_forward_kernel[(triton.cdiv(pixels, options["BLOCK_P"]), samples)](
         g, attention, x, *conv3, beta, shift, scale, *conv4, *conv5, gamma, matrix, bias_map, z, x if y is None else y,
         shift.stride(0), scale.stride(0), pixels, eps,
-        CHANNELS=channels, BLOCK_C=block_of(channels), SAVE_Y=save_y, ADAPTER=adapter is not None, **options,
+        CHANNELS=channels, BLOCK_C=block_of(channels), SAVE_Y=save_y, ADAPTER=adapter is not None,
+        **options, **COMPILER,
     )  # fmt: skip
     return z, y
 
@@ -69,7 +70,8 @@ def ffn_backward(
     matrices = y.new_empty((samples, programs, 3, channels, channels), dtype=torch.float32)
     ffn_backward_kernel[(programs, samples)](
         grad, y, shift, scale, *conv4, conv5_weight, gamma, grad_y, vectors, matrices,
-        shift.stride(0), scale.stride(0), pixels, eps, CHANNELS=channels, BLOCK_C=block_of(channels), **options,
+        shift.stride(0), scale.stride(0), pixels, eps, CHANNELS=channels, BLOCK_C=block_of(channels),
+        **options, **COMPILER,
     )  # fmt: skip
     vector, matrix = add_partials(vectors), add_partials(matrices).sum(0)
     grad_conv4_bias = vector[:, 2:4].sum(0).reshape(2 * channels)
@@ -89,7 +91,8 @@ def conv3_backward(
     matrices = g.new_empty((samples, programs, channels, channels), dtype=torch.float32)
     conv3_backward_kernel[(programs, samples)](
         grad, g, weight, beta, out, vectors, matrices, pixels,
-        CHANNELS=channels, BLOCK_C=block_of(channels), **options,
+        CHANNELS=channels, BLOCK_C=block_of(channels),
+        **options, **COMPILER,
     )  # fmt: skip
     return out, add_partials(matrices), add_partials(vectors)
 

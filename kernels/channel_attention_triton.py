@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from dtpm_fast.kernels.checks import is_channels_last
-from dtpm_fast.kernels.tiles import add_partials, programs_per_sample, sum_pixels, tile_offsets
+from dtpm_fast.kernels.tiles import COMPILER, add_partials, programs_per_sample, sum_pixels, tile_offsets
 
 
 def channel_means(x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
@@ -19,7 +19,7 @@ def channel_means(x: torch.Tensor, other: torch.Tensor | None = None) -> torch.T
     channel_sums_kernel[(programs, samples, triton.cdiv(channels, block_c))](
         x, x if other is None else other, partials, pixels,
         CHANNELS=channels, BLOCK_C=block_c, BLOCK_P=block_p,
-        CHANNELS_LAST=is_channels_last(x), PRODUCT=other is not None,
+        CHANNELS_LAST=is_channels_last(x), PRODUCT=other is not None, **COMPILER,
     )  # fmt: skip
     return add_partials(partials) / pixels
 
@@ -33,7 +33,7 @@ def scale_channels(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | 
     scale_channels_kernel[(triton.cdiv(pixels, block_p), samples, triton.cdiv(channels, block_c))](
         x, scale, scale if offset is None else offset, out, pixels,
         CHANNELS=channels, BLOCK_C=block_c, BLOCK_P=block_p,
-        CHANNELS_LAST=is_channels_last(x), OFFSET=offset is not None,
+        CHANNELS_LAST=is_channels_last(x), OFFSET=offset is not None, **COMPILER,
     )  # fmt: skip
     return out
 

@@ -34,6 +34,7 @@ from dtpm_fast.kernels import (
 from dtpm_fast.kernels.adaln_conv1x1_triton import block_of
 from dtpm_fast.kernels.dispatch import Options, options_of
 from dtpm_fast.kernels.document import write_table
+from dtpm_fast.kernels.tiles import COMPILER
 
 CAPABILITIES = (80, 90)
 CHANNELS = (16, 32, 48, 64, 128, 256, 512)
@@ -93,7 +94,7 @@ def compile_case(case: Case, capability: int) -> Resources:
     constants = {name: value for name, value in case.constants.items() if name in kernel.arg_names}
     # The rest of the launch's options are the compiler's.
     constants |= {name: value for name, value in case.options.items() if name in kernel.arg_names}
-    options = {name: value for name, value in case.options.items() if name not in kernel.arg_names}
+    options = COMPILER | {name: value for name, value in case.options.items() if name not in kernel.arg_names}
     pointer = "*" + NAMES[case.dtype]
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from dtpm_fast.kernels.dispatch import Options
-from dtpm_fast.kernels.tiles import add_partials, empty_map, sum_pixels
+from dtpm_fast.kernels.tiles import COMPILER, add_partials, empty_map, sum_pixels
 
 
 def dwconv_gate_pool_forward(
@@ -22,7 +22,7 @@ def dwconv_gate_pool_forward(
     grid = _grid(h, channels, options)
     out = empty_map((samples, channels, height, width), h)
     sums = h.new_empty((samples, grid[0], channels), dtype=torch.float32)
-    dwconv_gate_pool_kernel[grid](h, weight, bias, out, sums, height, width, CHANNELS=channels, **options)
+    dwconv_gate_pool_kernel[grid](h, weight, bias, out, sums, height, width, CHANNELS=channels, **options, **COMPILER)
     return out, add_partials(sums) / (height * width)
 
 
@@ -39,7 +39,7 @@ def gate_backward(
     _, doubled, height, width = h.shape
     out = torch.empty_like(h)
     gate_backward_kernel[_grid(h, doubled // 2, options)](
-        grad, scale, offset, h, weight, bias, out, height, width, CHANNELS=doubled // 2, **options
+        grad, scale, offset, h, weight, bias, out, height, width, CHANNELS=doubled // 2, **options, **COMPILER
     )
     return out
 
@@ -52,7 +52,7 @@ def dwconv_backward(
     grid = _grid(h, doubled, options)
     grad_h = torch.empty_like(h)
     sums = h.new_empty((samples, grid[0], 10, doubled), dtype=torch.float32)
-    dwconv_backward_kernel[grid](grad, h, weight, grad_h, sums, height, width, CHANNELS=doubled, **options)
+    dwconv_backward_kernel[grid](grad, h, weight, grad_h, sums, height, width, CHANNELS=doubled, **options, **COMPILER)
     total = add_partials(sums).sum(0)
     return grad_h, total[:9].t().reshape(weight.shape), total[9].clone()
 

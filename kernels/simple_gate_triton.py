@@ -7,6 +7,7 @@ import triton.language as tl
 
 from dtpm_fast.kernels.checks import is_channels_last, layout_of
 from dtpm_fast.kernels.dispatch import Options
+from dtpm_fast.kernels.tiles import COMPILER
 
 
 def simple_gate_forward(x: torch.Tensor) -> torch.Tensor:
@@ -16,7 +17,7 @@ def simple_gate_forward(x: torch.Tensor) -> torch.Tensor:
         (samples, channels // 2, height, width), dtype=x.dtype, device=x.device, memory_format=layout_of(x)
     )
     grid, rows, half, blocks = _plan(x)
-    simple_gate_forward_kernel[grid](x, out, rows, half, **blocks)
+    simple_gate_forward_kernel[grid](x, out, rows, half, **blocks, **COMPILER)
     return out
 
 
@@ -24,7 +25,7 @@ def simple_gate_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Gradient of `simple_gate`'s input; `grad` is in `x`'s layout."""
     grad_x = torch.empty_like(x)
     grid, rows, half, blocks = _plan(x)
-    simple_gate_backward_kernel[grid](grad, x, grad_x, rows, half, **blocks)
+    simple_gate_backward_kernel[grid](grad, x, grad_x, rows, half, **blocks, **COMPILER)
     return grad_x
 
 

@@ -7,6 +7,9 @@ import triton.language as tl
 
 from dtpm_fast.kernels.device import INTERPRETED
 
+# Of every launch. Products and sums contract into one instruction: Triton asks for a choice, and its default changes.
+COMPILER = {"enable_fp_fusion": True}
+
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 

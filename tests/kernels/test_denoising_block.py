@@ -73,7 +73,7 @@ def test_triton_by_the_rule(
     eager, exact = run(denoising_block_ref, inputs, grad, dtype), run(denoising_block_ref, inputs, grad, torch.float64)
     assert ours[0].is_contiguous(memory_format=torch.channels_last)
     assert_as_exact_as_eager(ours, eager, exact, NAMES)
-    if kernels == "fused" and dtype == torch.float16:
+    if kernels == "fused" and shape[0] == 1:
         assert all(torch.equal(a, b) for a, b in zip(ours, run(denoising_block, inputs, grad, dtype), strict=True))
 
 

@@ -52,7 +52,7 @@ def test_tuner_keeps_the_fastest_and_no_kernel_that_loses(monkeypatch: pytest.Mo
     fastest = module.CANDIDATES["ffn_backward"][5]
     monkeypatch.setattr(module, "_steps", lambda *_: dict.fromkeys(module.CANDIDATES))
 
-    def time(kernel: str, options: dict[str, int] | None, step: Callable[[], Any]) -> float | None:  # noqa: ARG001
+    def time(kernel: str, options: dict[str, int] | None, step: Callable[[], Any]) -> float | None:
         if options is None:
             return 2.0 if kernel == "ffn_backward" else 0.5
         if options == module.CANDIDATES[kernel][0]:

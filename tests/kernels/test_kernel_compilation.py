@@ -10,7 +10,6 @@ if not INTERPRETED:
     from dtpm_fast.kernels.compilation import CAPABILITIES, CHANNELS, cases, compile_case
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:triton")  # notes on the compiler's own defaults
 @pytest.mark.parametrize("channels", [pytest.param(c, marks=[] if c == 48 else pytest.mark.slow) for c in CHANNELS])
 def test_no_kernel_spills(channels: int) -> None:
     chosen = [case for case in cases() if case.channels == channels]
