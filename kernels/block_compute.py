@@ -88,8 +88,8 @@ def block_backward(
         grad_h = _gate_backward(grad_g, attention, grad_mean / pixels, h, weights)
         grad_h, conv2, conv2_bias = _dwconv_backward(grad_h, h, weights)
         grad_x, shift1, scale1, conv1, conv1_bias = _adaln_conv1x1_backward(grad_h, grad_y, x, modulation, weights, eps)
-    grads = (conv1, conv1_bias, conv2, conv2_bias, sca, sca_bias, conv3, conv3_bias)
-    grads += (conv4, conv4_bias, conv5, conv5_bias, beta, gamma)
+    grads = [conv1, conv1_bias, conv2, conv2_bias, sca, sca_bias, conv3, conv3_bias]
+    grads += [conv4, conv4_bias, conv5, conv5_bias, beta, gamma]
     return (
         grad_x,
         Modulation(*(g.to(v.dtype) for g, v in zip((shift1, scale1, shift2, scale2), modulation, strict=True))),

@@ -5,6 +5,8 @@ them from the cache) and feeds the three output rows that see it, whose sums sta
 """
 # mypy: disable-error-code="no-untyped-def"
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -66,7 +68,7 @@ def _grid(h: torch.Tensor, channels: int, options: Options) -> tuple[int, int, i
 @triton.jit
 def _load_taps(weight_ptr, c, in_c, FLIP: tl.constexpr):
     """The nine weights of each channel, (1, C) each, row by row; flipped for the transposed convolution."""
-    w = ()
+    w: Any = ()
     for tap in tl.static_range(9):
         at = 8 - tap if FLIP else tap
         w = w + (tl.load(weight_ptr + c * 9 + at, mask=in_c, other=0.0).to(tl.float32),)  # noqa: RUF005

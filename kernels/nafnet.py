@@ -23,10 +23,14 @@ class AcceleratedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""
-        modulation = []
-        for norm in (self.norm1, self.norm2):
-            modulation += [norm.bias.expand(x.shape[0], -1), (norm.weight - 1).expand(x.shape[0], -1)]
-        return denoising_block(x, *modulation, block_weights(self), eps=self.eps)
+        shift1, scale1 = self._modulation(self.get_submodule("norm1"), x.shape[0])
+        shift2, scale2 = self._modulation(self.get_submodule("norm2"), x.shape[0])
+        return denoising_block(x, shift1, scale1, shift2, scale2, block_weights(self), eps=self.eps)
+
+    @staticmethod
+    def _modulation(norm: nn.Module, samples: int) -> tuple[Tensor, Tensor]:
+        shift, scale = norm.get_parameter("bias"), norm.get_parameter("weight") - 1
+        return shift.expand(samples, -1), scale.expand(samples, -1)
 
 
 def accelerate_nafnet(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> nn.Module:

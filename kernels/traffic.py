@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtpm_fast.commands.run import run
 from dtpm_fast.kernels.block import denoising_block_ref
-from dtpm_fast.kernels.block_compute import BlockWeights
+from dtpm_fast.kernels.block_compute import BlockWeights, Modulation
 from dtpm_fast.kernels.document import write_table
 
 
@@ -73,7 +73,7 @@ def eager(channels: int = 64, size: int = 256, batch: int = 8, dtype: torch.dtyp
         return tensor
 
     with _Count() as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = denoising_block_ref(*leaves[:5], BlockWeights(*leaves[5:]))
+        out = denoising_block_ref(leaves[0], *Modulation(*leaves[1:5]), BlockWeights(*leaves[5:]))
     with _Count() as backward:
         torch.autograd.grad(out, leaves, torch.empty_like(out))
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept.values()}

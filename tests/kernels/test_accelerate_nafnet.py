@@ -100,6 +100,12 @@ def test_same_results_and_state_dict() -> None:
         torch.testing.assert_close(parameter.grad, theirs[name].grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_compiles_without_a_graph_break() -> None:
+    fast = accelerate_nafnet(StockBlock(6))
+    x = torch.randn(2, 6, 5, 4)
+    torch.testing.assert_close(torch.compile(fast, fullgraph=True, backend="aot_eager")(x), fast(x))
+
+
 def test_takes_a_checkpoint() -> None:
     trained, fresh = random_nafnet(), random_nafnet()
     picture = torch.rand(1, 3, 6, 5)
