@@ -4,6 +4,7 @@ import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from dtpm_fast.errors import UserError
 from dtpm_fast.metrics import perceptual
 from dtpm_fast.metrics.backbones import Backbone, BackboneMissing
+from dtpm_fast.metrics.curve import write_curve
 from dtpm_fast.metrics.distortion import PSNR_MAX, luma, psnr
 from dtpm_fast.metrics.perceptual import Lpips, PatchFid, cut_patches
 from dtpm_fast.metrics.protocols import PROTOCOLS, default_protocol, weatherdiff_size
@@ -346,3 +348,36 @@ def test_patch_fid_without_torch_fidelity_is_left_out(tmp_path: Path, monkeypatc
 def test_published_files_are_the_ones_whose_hash_is_in_their_name() -> None:
     for backbone in (perceptual.ALEXNET, perceptual.INCEPTION):
         assert backbone.sha256 in backbone.file_name
+
+
+# ---------------------------------------------------------------------------------------------------------- figure 8
+
+
+def test_the_curve_draws_every_point_where_its_axes_say(tmp_path: Path) -> None:
+    figures = {4: {"psnr_y": 30.99, "lpips": 0.0635}, 50: {"psnr_y": 30.48, "lpips": 0.0540}}
+    figures[10] = {"psnr_y": 30.92, "lpips": 0.0617}
+    path = tmp_path / "curve.svg"
+    write_curve(path, figures, "psnr_y", "lpips", "a < b")
+    root = ElementTree.parse(path).getroot()
+    space = {"s": "http://www.w3.org/2000/svg"}
+    assert root.findtext("s:title", namespaces=space) == "a < b"
+    for line, name, ticks_left in zip(
+        root.findall("s:polyline", space), ("psnr_y", "lpips"), (True, False), strict=True
+    ):
+        points = [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
+        texts = [text for text in root.findall("s:text", space) if text.get("fill") == line.get("stroke")]
+        ticks = [text for text in texts if text.get("text-anchor") == ("end" if ticks_left else "start")]
+        at = {float(str(text.text)): float(text.attrib["y"]) - 4 for text in ticks}
+        low, high = min(at), max(at)
+        for (x, y), step in zip(points, (4, 10, 50), strict=True):
+            value = low + (y - at[low]) / (at[high] - at[low]) * (high - low)
+            assert value == pytest.approx(figures[step][name], abs=0.005 * (high - low))
+            assert x == pytest.approx(80 + step * (points[-1][0] - 80) / 50, abs=0.1)
+
+
+@pytest.mark.parametrize("values", [(30.0, 30.0), (0.0, 1e-5), (-3.0, 1000.0), (0.05, 0.0501)])
+def test_any_values_can_be_drawn(values: tuple[float, float], tmp_path: Path) -> None:
+    write_curve(tmp_path / "c.svg", {1: {"a": values[0]}, 2: {"a": values[1]}}, "a", "a")
+    with pytest.raises(ValueError, match="at least two"):
+        write_curve(tmp_path / "d.svg", {1: {"a": values[0]}}, "a", "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["c.svg"]

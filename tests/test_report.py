@@ -124,8 +124,11 @@ def test_wrong_rows_are_refused(tmp_path: Path) -> None:
 def browse(page: Path, width: int, *options: str) -> subprocess.CompletedProcess[str]:
     assert BROWSER is not None
     profile = page.parent / f"profile{width}"
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
+    )
     return subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", f"--user-data-dir={profile}", f"--window-size={width},900", *options, page.as_uri()],
+        [BROWSER, *flags, f"--user-data-dir={profile}", f"--window-size={width},900", *options, page.as_uri()],
         capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
 

@@ -61,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was measured, and on what")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="the figures of every picture")
     parser.add_argument("--report", type=Path, metavar="FILE", help="an HTML page to look at the pictures")
+    parser.add_argument(
+        "--curve", type=Path, metavar="FILE.svg", help="the paper's figure 8: PSNR and LPIPS over the numbers of steps"
+    )
     parser.add_argument("--report-images", type=int, default=12, metavar="N", help="pictures in the page (default: 12)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures by name")
     parser.add_argument("--note", default="", help="printed below the table, for instance that the data is synthetic")
@@ -81,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if len(set(options.steps)) < len(options.steps):
         parser.error("--steps: a number of steps is given twice")
-    for flag in ("json", "csv", "report"):
+    if options.curve and len(options.steps) < 2:
+        parser.error("--curve: needs two numbers of steps at least, as in --steps 4 10 50")
+    for flag in ("json", "csv", "report", "curve"):
         path = getattr(options, flag)
         if path is not None and path.is_dir():
             parser.error(f"--{flag} {path}: is a folder, give a file name")
@@ -154,6 +159,8 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
         _write_text(options.json, json.dumps({**facts, "per_image": per_image}, indent=1, allow_nan=False) + "\n")
     if options.csv:
         _write_csv(options.csv, rows)
+    if options.curve:
+        _write_curve(options, means, protocol.headline)
     if options.report:
         _write_report(options, kept, len(rows), facts, means)
     print(table)
@@ -166,7 +173,7 @@ def _methods(options: argparse.Namespace) -> tuple[dict[str, "Method"], "torch.d
     from dtpm_fast.runtime.restorer import Restorer
 
     restorers = {
-        f"{steps} step{'s' if steps > 1 else ''}": Restorer.from_pretrained(
+        _steps_name(steps): Restorer.from_pretrained(
             options.weights, options.task, steps, options.device, options.backend, options.seed
         )
         for steps in options.steps
@@ -174,6 +181,10 @@ def _methods(options: argparse.Namespace) -> tuple[dict[str, "Method"], "torch.d
     first = next(iter(restorers.values()))
     about = [restorer.about for restorer in restorers.values()]
     return {PREDICTOR: _predictor(first), **restorers}, first.device, about
+
+
+def _steps_name(steps: int) -> str:
+    return f"{steps} step{'s' if steps > 1 else ''}"
 
 
 def _predictor(restorer: "Restorer") -> "Method":
@@ -224,6 +235,16 @@ def _write_csv(path: Path, rows: Sequence["Row"]) -> None:
         for row in rows:
             for method, found in row.figures.items():
                 writer.writerow([row.name, row.width, row.height, method, *(f"{found[name]:.6f}" for name in figures)])
+
+
+def _write_curve(options: argparse.Namespace, means: dict[str, dict[str, float]], headline: tuple[str, str]) -> None:
+    """PSNR and LPIPS over the steps; SSIM where LPIPS was left out."""
+    from dtpm_fast.metrics.curve import write_curve
+
+    figures = {steps: means[_steps_name(steps)] for steps in options.steps}
+    distortion, ssim = headline
+    perception = "lpips" if all("lpips" in found for found in figures.values()) else ssim
+    write_curve(options.curve, figures, distortion, perception, f"{options.task} on {options.data.name}")
 
 
 def _write_report(
