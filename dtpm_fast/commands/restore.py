@@ -35,7 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=4, metavar="S", help="steps of the sampler (default: 4)")
     parser.add_argument("--weights", default="light", help="weights file, or the name of shipped ones (default: light)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--backend", default="auto", help="auto or reference (default: auto)")
+    parser.add_argument(
+        "--backend", default="auto", help="auto, reference, fused, compiled or graph, which needs a GPU (default: auto)"
+    )
+    parser.add_argument(
+        "--precision", default="auto", help="auto, float32 or bfloat16: the network's number format (default: auto)"
+    )
+    parser.add_argument("--sampler", default="ddim", help="ddim, the paper's, or dpm++2m (default: ddim)")
+    parser.add_argument(
+        "--tile",
+        type=_tile,
+        default="auto",
+        metavar="T",
+        help="a tile's side in pixels; none never tiles, auto does where the memory asks for it (default: auto)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     options = parser.parse_args(arguments)
     return run(lambda: _restore(options))
@@ -46,7 +59,15 @@ def _restore(options: argparse.Namespace) -> int:
     from dtpm_fast.runtime.restorer import Restorer  # imports torch: not for --help or a mistyped path
 
     restorer = Restorer.from_pretrained(
-        options.weights, options.task, options.steps, options.device, options.backend, options.seed
+        options.weights,
+        options.task,
+        options.steps,
+        options.device,
+        options.backend,
+        options.seed,
+        tile=options.tile,
+        precision=options.precision,
+        sampler=options.sampler,
     )
     print(restorer.about, file=sys.stderr)
     failures = []
@@ -58,6 +79,15 @@ def _restore(options: argparse.Namespace) -> int:
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _tile(text: str) -> int | str | None:
+    if text in ("auto", "none"):
+        return text if text == "auto" else None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: use auto, none or a number of pixels") from None
 
 
 def plan_outputs(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:

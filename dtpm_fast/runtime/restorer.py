@@ -1,6 +1,8 @@
 """A photo in, a better photo out."""
 
 import logging
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,16 @@ from torch import Tensor
 
 from dtpm_fast.device import choose_device
 from dtpm_fast.errors import UserError
+from dtpm_fast.runtime.backends import choose_backend
+from dtpm_fast.runtime.graph import Graph
+from dtpm_fast.runtime.memory import budget, choose_tile
 from dtpm_fast.runtime.noise import noise_fields
 from dtpm_fast.runtime.photo import from_network, open_photo, pad_to, round_up, to_network
+from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.reference import Reference
-from dtpm_fast.runtime.sampler import make_steps, sample
+from dtpm_fast.runtime.sampler import make_steps
 from dtpm_fast.runtime.shipped import find_weights
+from dtpm_fast.runtime.tiling import SMALLEST, Tiled
 from dtpm_fast.weights_file import Weights, load_model
 
 logger = logging.getLogger("dtpm_fast")
@@ -24,21 +31,43 @@ class Restorer:
 
     `about` says in one line which weights run, how they were trained, and on which device and backend and why; it is
     also logged (logger "dtpm_fast", level INFO).
+
+    Args:
+        weights: of stage II (`find_weights`).
+        steps: S of the sampler.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        backend: "auto", "reference", "fused", "compiled" or "graph" (`choose_backend`).
+        seed: of the noise.
+        tile: side of a tile's core in pixels; None never tiles, "auto" does where the memory asks for it.
+        precision: "auto", "float32" or "bfloat16", of the network's maps.
+        sampler: "ddim", the paper's, or "dpm++2m".
+
+    Raises `UserError` for settings out of range and for CUDA where there is none.
     """
 
     def __init__(
-        self, weights: Weights, *, steps: int = 4, device: str = "auto", backend: str = "auto", seed: int = 0
+        self,
+        weights: Weights,
+        *,
+        steps: int = 4,
+        device: str = "auto",
+        backend: str = "auto",
+        seed: int = 0,
+        tile: int | str | None = "auto",
+        precision: str = "auto",
+        sampler: str = "ddim",
     ) -> None:
         self.device, why_device = choose_device(device)
-        self.seed = seed
+        self.seed, self.tile = seed, _check_tile(tile)
         self.config = weights.config
-        self.steps = make_steps(weights.config, steps)
-        if backend not in ("auto", "reference"):
-            raise UserError(f"unknown backend {backend!r}; choose one of auto, reference")
-        model = load_model(weights, stage=2).requires_grad_(False)
-        self.model = model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.backend = Reference(self.model, self.steps)
-        self.about = f"{_describe(weights)}; {len(self.steps)} steps; device {why_device}; backend reference"
+        self.steps = make_steps(weights.config, steps, sampler)
+        self.model = _load(weights, self.device)
+        self.backend, why_backend = choose_backend(backend, self.model, self.steps, self.device, precision)
+        if isinstance(self.backend, Reference) and isinstance(tile, int):
+            raise UserError(f"tile {tile}: the reference backend does not tile; use --backend fused")
+        self._folded: Plan | None = None  # the plan for tiles, where the backend's own has fused kernels
+        self._why = f"{len(self.steps)} steps; device {why_device}; {why_backend}"
+        self.about = f"{_describe(weights)}; {self._why}"
         logger.info("%s", self.about)
 
     @classmethod
@@ -50,13 +79,16 @@ class Restorer:
         device: str = "auto",
         backend: str = "auto",
         seed: int = 0,
+        **settings: Any,
     ) -> "Restorer":
-        """A restorer from shipped weights ("light"), or from a file that stage II of the training wrote.
+        """A restorer from shipped weights ("light"), or from a file that stage II of the training wrote. `settings` are
+        the constructor's: tile, precision, sampler.
 
         Raises `UserError` for an unknown name, task, device or backend, for weights of another task or of stage I, and
         for a number of steps outside 1..T.
         """
-        return cls(find_weights(name_or_path, task), steps=steps, device=device, backend=backend, seed=seed)
+        weights = find_weights(name_or_path, task)
+        return cls(weights, steps=steps, device=device, backend=backend, seed=seed, **settings)
 
     @torch.inference_mode()
     def __call__(self, photo: Any) -> Any:
@@ -69,13 +101,96 @@ class Restorer:
         batch, back = open_photo(photo)
         return back(self._restore(batch))
 
+    def warmup(self, sizes: Iterable[tuple[int, int]] = ((256, 256),), batch: int = 1) -> float:
+        """Restore a grey picture of every (height, width), so that compilers, autotuners and graph captures are done.
+        Returns the seconds it took."""
+        start = time.perf_counter()
+        for height, width in sizes:
+            self(torch.full((batch, 3, height, width), 0.5, device=self.device))
+        seconds = time.perf_counter() - start
+        logger.info("warm after %.1f s", seconds)
+        return seconds
+
+    def swap(self, name_or_path: str | Path, task: str) -> None:
+        """Take other weights of the same shape in place, those of another task for example: nothing is compiled or
+        captured again. Raises `UserError` for weights of another shape."""
+        weights = find_weights(name_or_path, task)
+        if weights.config.model != self.config.model or weights.config.diffusion != self.config.diffusion:
+            raise UserError(f"{weights.path}: is for another network than the one that runs; make a new Restorer")
+        model = _load(weights, self.device)
+        for plan in (self._plan(), self._folded):
+            if plan is not None:
+                plan.swap(model)
+        self.model.load_state_dict(model.state_dict())
+        self.about = f"{_describe(weights)}; {self._why}"
+
+    def _plan(self) -> Plan | None:
+        backend = self.backend.plan if isinstance(self.backend, Graph) else self.backend
+        return backend if isinstance(backend, Plan) else None
+
     def _restore(self, batch: Tensor) -> Tensor:
         height, width = batch.shape[-2:]
-        size = [round_up(side, self.model.multiple) for side in (height, width)]
-        noise = pad_to(noise_fields(self.seed, height, width, self.steps.noise_fields), *size)
-        y_d = to_network(pad_to(batch.to(self.device), *size)).contiguous(memory_format=torch.channels_last)
-        restored = sample(self.backend, self.backend.prepare(y_d), noise.to(self.device))
+        tall, wide = (round_up(side, self.model.multiple) for side in (height, width))
+        noise = pad_to(noise_fields(self.seed, height, width, self.steps.noise_fields), tall, wide).to(self.device)
+        y_d = to_network(pad_to(batch.to(self.device), tall, wide)).contiguous(memory_format=torch.channels_last)
+        restored = self._with_memory(y_d, noise)
         return from_network(restored[..., :height, :width], batch.dtype)
+
+    def _with_memory(self, y_d: Tensor, noise: Tensor) -> Tensor:
+        """The whole picture at once, or in tiles, which are halved for as long as the memory runs out."""
+        batch, _, height, width = y_d.shape
+        plan, core = self._plan(), self.tile if isinstance(self.tile, int) else None
+        if self.tile == "auto" and plan is not None:
+            core = choose_tile(self.config.model, batch, height, width, plan.dtype, budget(self.device))
+            if core is not None:
+                logger.info("%dx%d: in tiles of %d pixels, because the memory asks for it", width, height, core)
+        while True:
+            try:
+                if core is None:
+                    return self.backend.restore(y_d, noise)
+                return Tiled(self._tiling_plan(), core, self.model.multiple).restore(y_d, noise)
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                smaller = (core or round_up(max(height, width), 2)) // 2
+                if plan is None or self.tile != "auto" or smaller < SMALLEST:
+                    raise UserError(
+                        f"a picture of {width}x{height} pixels: not enough memory; {_advice(plan)}"
+                    ) from error
+                core = smaller
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            logger.warning("%dx%d: out of memory; goes on in tiles of %d pixels", width, height, core)
+
+    def _tiling_plan(self) -> Plan:
+        plan = self._plan()
+        assert plan is not None  # the reference backend does not tile
+        if not plan.kernels:
+            return plan
+        if self._folded is None:
+            self._folded = Plan(self.model, self.steps, plan.dtype)
+        return self._folded
+
+
+def _load(weights: Weights, device: torch.device) -> Any:
+    model = load_model(weights, stage=2).requires_grad_(False)
+    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _check_tile(tile: int | str | None) -> int | str | None:
+    if tile is None or tile == "auto":
+        return tile
+    if not isinstance(tile, int) or tile < SMALLEST:
+        raise UserError(f"tile {tile}: use auto, none, or a number of pixels from {SMALLEST} on")
+    return tile
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
+def _advice(plan: Plan | None) -> str:
+    return "use --tile auto" if plan is not None else "use --backend fused, which tiles"
 
 
 def _describe(weights: Weights) -> str:

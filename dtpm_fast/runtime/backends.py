@@ -1,0 +1,53 @@
+"""The backends by name, and which one `auto` takes."""
+
+import torch
+
+from dtpm_fast.errors import UserError
+from dtpm_fast.model.dtpm import DTPM
+from dtpm_fast.runtime.compiled import Compiled
+from dtpm_fast.runtime.graph import Graph
+from dtpm_fast.runtime.plan import Plan
+from dtpm_fast.runtime.precision import choose_precision
+from dtpm_fast.runtime.reference import Reference
+from dtpm_fast.runtime.sampler import Stepper, Steps
+
+BACKENDS = ("auto", "reference", "fused", "compiled", "graph")
+
+
+def choose_backend(
+    name: str, model: DTPM, steps: Steps, device: torch.device, precision: str = "auto"
+) -> tuple[Stepper, str]:
+    """The backend, and one line that says which and why.
+
+    reference: the plain modules in float32. fused: the plan, on the CPU with folded blocks, on a GPU with the fused
+    kernels. compiled: the plan with folded blocks through torch.compile. graph: the fused plan, predictor and all steps
+    in one CUDA graph. auto: graph on a GPU, fused on a CPU, reference where adapters are gated.
+
+    Raises `UserError` for an unknown name, for graph without CUDA, for gated adapters on any but the reference, and for
+    the reference in another precision than float32.
+    """
+    if name not in BACKENDS:
+        raise UserError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    why = "as asked"
+    if name == "auto":
+        name, why = _auto(model, device)
+    if name == "reference":
+        if precision == "bfloat16":
+            raise UserError("backend reference: runs in float32 only; use --backend fused for bfloat16")
+        return Reference(model, steps), f"backend reference, float32: {why}"
+    dtype, why_dtype = choose_precision(precision, device)
+    said = f"backend {name}: {why}; precision {str(dtype).removeprefix('torch.')}: {why_dtype}"
+    if name == "compiled":
+        return Compiled(model, steps, dtype), said
+    if name == "graph" and device.type != "cuda":
+        raise UserError("backend graph: CUDA graphs need a CUDA device, and this is a CPU; use --backend fused")
+    plan = Plan(model, steps, dtype, kernels=device.type == "cuda")
+    return (Graph(plan, device) if name == "graph" else plan), said
+
+
+def _auto(model: DTPM, device: torch.device) -> tuple[str, str]:
+    if model.config.adapter_kind == "gated" and model.adapters:
+        return "reference", "chosen by auto, because gated adapters cannot be merged"
+    if device.type == "cuda":
+        return "graph", "chosen by auto, one graph launch a picture"
+    return "fused", "chosen by auto, the fastest on a CPU"

@@ -1,0 +1,85 @@
+"""The whole restoration, predictor and all steps, as one CUDA graph for every size of picture.
+
+Captured by hand: the graph trees of torch.compile's "reduce-overhead" overwrite outputs when a step feeds itself. The
+noise is an input. Not yet run on a GPU by the tests of this repository's CPU machines: tests marked `gpu` wait for one.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtpm_fast.errors import UserError
+from dtpm_fast.runtime.plan import Plan
+from dtpm_fast.runtime.sampler import Conditions
+
+CAPACITY = 8  # graphs kept, the least recently used goes first
+WARMUPS = 2  # uncaptured runs: Triton compiles, cuBLAS and cuDNN take their workspaces
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph and the buffers that it reads and writes. They lie outside the pool that all graphs share, so that the
+    replay of one graph cannot touch the picture of another."""
+
+    graph: "torch.cuda.CUDAGraph"
+    y_d: Tensor
+    noise: Tensor
+    restored: Tensor
+    bytes: int
+
+
+class Graph:
+    """A plan whose `restore` replays a graph; one is captured for every shape of y_d.
+
+    `plan.swap` changes the weights in place, and the graphs replay with the new ones. `bytes` reports what each shape's
+    graph added to the device's memory. Not for several threads at once.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, capacity: int = CAPACITY) -> None:
+        if device.type != "cuda":
+            raise UserError("backend graph: CUDA graphs need a CUDA device; use --backend fused")
+        self.plan, self.steps, self.device, self.capacity = plan, plan.steps, device, capacity
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
+
+    @property
+    def bytes(self) -> dict[tuple[int, ...], int]:
+        return {shape: captured.bytes for shape, captured in self.graphs.items()}
+
+    def prepare(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
+        return self.plan.prepare(y_d, code)
+
+    def step(self, x: Tensor, previous: Tensor, i: int, conditions: Conditions) -> tuple[Tensor, Tensor]:
+        return self.plan.step(x, previous, i, conditions)
+
+    def restore(self, y_d: Tensor, noise: Tensor) -> Tensor:
+        """Bit-equal to `plan.restore`."""
+        shape = tuple(y_d.shape)
+        if shape not in self.graphs:
+            while len(self.graphs) >= self.capacity:
+                self.graphs.popitem(last=False)
+            self.graphs[shape] = self._capture(y_d, noise)
+        self.graphs.move_to_end(shape)
+        captured = self.graphs[shape]
+        captured.y_d.copy_(y_d)
+        captured.noise.copy_(noise)
+        captured.graph.replay()
+        return captured.restored.clone()
+
+    def _capture(self, y_d: Tensor, noise: Tensor) -> Captured:
+        torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_reserved(self.device)
+        y_d, noise = y_d.clone(memory_format=torch.preserve_format), noise.clone()
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUPS):
+                restored = self.plan.restore(y_d, noise)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            restored.copy_(self.plan.restore(y_d, noise))
+        torch.cuda.synchronize(self.device)
+        return Captured(graph, y_d, noise, restored, torch.cuda.memory_reserved(self.device) - before)

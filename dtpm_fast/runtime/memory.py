@@ -1,0 +1,53 @@
+"""How much memory a picture takes, and how much there is: `--tile auto`."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from dtpm_fast.config import ModelConfig
+from dtpm_fast.runtime.tiling import OVERLAP
+
+# Maps of C channels at full size that live at once at the worst moment of a plan's step, bias maps of all levels
+# included; measured (benchmarks/bench_restore.py memory) and rounded up.
+MAPS = 20
+CPU_BUDGET = 2 << 30  # bytes: a laptop runs other things as well
+TILES = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128)
+
+
+def needed(config: ModelConfig, pixels: int, dtype: torch.dtype) -> int:
+    """Bytes that a plan takes beyond its weights for a batch of so many pixels."""
+    return pixels * (MAPS * config.width * dtype.itemsize + 12 * torch.float32.itemsize)
+
+
+def budget(device: torch.device) -> int:
+    """Bytes that a picture may take: half of what is free, and on a CPU never more than 2 GiB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return min(_free() // 2, CPU_BUDGET)
+
+
+def choose_tile(config: ModelConfig, batch: int, height: int, width: int, dtype: torch.dtype, free: int) -> int | None:
+    """The core of the largest tiles that fit into `free` bytes; None where the whole picture fits."""
+    if needed(config, batch * height * width, dtype) <= free:
+        return None
+    pictures = 5 * 12 * batch * height * width  # x, x0, y_d, y_eps and the blended map stay whole, in float32
+    for core in TILES:
+        if needed(config, batch * (core + 2 * OVERLAP) ** 2, dtype) + pictures <= free:
+            return core
+    return TILES[-1]
+
+
+def _free() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:  # a container's own limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return max(free, 0)

@@ -1,0 +1,152 @@
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dtpm_fast import Restorer
+from dtpm_fast.errors import UserError
+from dtpm_fast.runtime.backends import choose_backend
+from dtpm_fast.runtime.noise import noise_fields
+from dtpm_fast.runtime.plan import Plan
+from dtpm_fast.runtime.precision import choose_precision
+from dtpm_fast.runtime.reference import Reference
+from dtpm_fast.runtime.sampler import make_steps
+
+CPU = torch.device("cpu")
+SIZES = [(1, 8, 8), (1, 40, 24), (2, 16, 56)]
+
+
+def picture(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(height)
+    return torch.rand(batch, 3, height, width, generator=generator) * 2 - 1, noise_fields(2, height, width)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """In dB, of pictures in [-1, 1]."""
+    return float(10 * torch.log10(4 / (a.cpu().double() - b.cpu().double()).square().mean()))
+
+
+@pytest.mark.parametrize(("backend", "precision", "bound"), [("fused", "float32", 60), ("fused", "bfloat16", 45)])
+def test_a_backend_keeps_its_bound(
+    random_model: Callable[..., tuple], backend: str, precision: str, bound: float
+) -> None:
+    model, config = random_model(semantic_code="compact")
+    steps = make_steps(config, 4)
+    stepper, _ = choose_backend(backend, model, steps, CPU, precision)
+    with torch.inference_mode():
+        for size in SIZES:
+            y_d, noise = picture(*size)
+            assert psnr(stepper.restore(y_d, noise), Reference(model, steps).restore(y_d, noise)) >= bound
+
+
+@pytest.mark.slow
+def test_the_compiled_backend_keeps_its_bound_for_every_size(random_model: Callable[..., tuple]) -> None:
+    model, config = random_model(encoder_blocks=[1], decoder_blocks=[1])
+    steps = make_steps(config, 2)
+    stepper, why = choose_backend("compiled", model, steps, CPU, "float32")
+    assert why.startswith("backend compiled: as asked")
+    with torch.inference_mode():
+        for size in SIZES:
+            y_d, noise = picture(*size)
+            assert psnr(stepper.restore(y_d, noise), Reference(model, steps).restore(y_d, noise)) >= 60
+
+
+def test_auto_says_what_it_took_and_why(random_model: Callable[..., tuple]) -> None:
+    model, config = random_model()
+    steps = make_steps(config, 2)
+    stepper, why = choose_backend("auto", model, steps, CPU, "float32")
+    assert isinstance(stepper, Plan)
+    assert why == "backend fused: chosen by auto, the fastest on a CPU; precision float32: as asked"
+    gated, config = random_model(adapter_kind="gated")
+    stepper, why = choose_backend("auto", gated, steps, CPU)
+    assert isinstance(stepper, Reference)
+    assert why == "backend reference, float32: chosen by auto, because gated adapters cannot be merged"
+
+
+def test_what_cannot_be_had_is_refused(random_model: Callable[..., tuple]) -> None:
+    model, config = random_model()
+    gated, _ = random_model(adapter_kind="gated")
+    steps = make_steps(config, 2)
+    for name, of, precision, message in (
+        ("magic", model, "auto", "unknown backend 'magic'"),
+        ("graph", model, "auto", "need a CUDA device"),
+        ("fused", gated, "auto", "cannot be merged"),
+        ("fused", model, "float8", "unknown precision 'float8'"),
+        ("reference", model, "bfloat16", "float32 only"),
+    ):
+        with pytest.raises(UserError, match=message):
+            choose_backend(name, of, steps, CPU, precision)
+
+
+def test_precision_follows_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has, dtype in ((("amx_bf16",), torch.bfloat16), (("avx512_bf16",), torch.bfloat16), ((), torch.float32)):
+        monkeypatch.setattr("dtpm_fast.runtime.precision._cpu_has", lambda unit, has=has: unit in has)
+        chosen, why = choose_precision("auto", CPU)
+        assert chosen == dtype
+        assert "this CPU" in why
+    assert choose_precision("float32", CPU) == (torch.float32, "as asked")
+
+
+def test_warmup_and_the_log_line(
+    tmp_path: Path, random_weights: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dtpm_fast")
+    restorer = Restorer.from_pretrained(random_weights(tmp_path / "w.safetensors"), "derain", device="cpu")
+    assert caplog.messages == [restorer.about]
+    assert restorer.warmup([(8, 8), (9, 17)], batch=2) > 0
+    assert caplog.messages[-1].startswith("warm after")
+
+
+def test_a_swap_gives_what_a_new_restorer_gives(tmp_path: Path, random_weights: Callable[..., Path]) -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (20, 28, 3), dtype=np.uint8)
+    rain = random_weights(tmp_path / "rain.safetensors", seed=0)
+    snow = random_weights(tmp_path / "snow.safetensors", task="desnow", seed=1)
+    other = random_weights(tmp_path / "other.safetensors", width=24)
+    for backend in ("reference", "fused"):
+        restorer = Restorer.from_pretrained(rain, "derain", device="cpu", backend=backend)
+        before = restorer(photo)
+        restorer.swap(snow, "desnow")
+        assert "snow.safetensors (desnow" in restorer.about
+        after = restorer(photo)
+        fresh = Restorer.from_pretrained(snow, "desnow", device="cpu", backend=backend)
+        np.testing.assert_array_equal(after, fresh(photo))
+        assert (after != before).any()
+        with pytest.raises(UserError, match="another network"):
+            restorer.swap(other, "derain")
+
+
+@pytest.mark.gpu
+def test_the_fused_kernels_keep_their_bound_on_a_gpu(random_model: Callable[..., tuple]) -> None:
+    model, config = random_model(semantic_code="compact")
+    steps = make_steps(config, 4)
+    device = torch.device("cuda")
+    for precision, bound in (("float32", 60), ("bfloat16", 45)):
+        with torch.inference_mode():
+            for size in SIZES:
+                y_d, noise = picture(*size)
+                exact = Reference(model.cpu(), steps).restore(y_d, noise)
+                stepper, _ = choose_backend("fused", model.cuda(), steps, device, precision)
+                assert psnr(stepper.restore(y_d.cuda(), noise.cuda()), exact) >= bound
+
+
+@pytest.mark.gpu
+def test_graph_replay_is_the_uncaptured_run_and_swaps(random_model: Callable[..., tuple]) -> None:
+    model, config = random_model(semantic_code="compact")
+    second, _ = random_model(seed=1, semantic_code="compact")
+    steps = make_steps(config, 4)
+    device = torch.device("cuda")
+    with torch.inference_mode():
+        graph, _ = choose_backend("graph", model.cuda(), steps, device)
+        graph.capacity = 2  # type: ignore[attr-defined]
+        pictures = [[t.cuda() for t in picture(*size)] for size in SIZES]
+        for y_d, noise in [*pictures, *pictures]:  # the first one is captured anew in the second round
+            assert torch.equal(graph.restore(y_d, noise), graph.plan.restore(y_d, noise))  # type: ignore[attr-defined]
+        assert len(graph.graphs) == 2  # type: ignore[attr-defined]
+        graph.plan.swap(second.cuda())  # type: ignore[attr-defined]
+        fresh = Plan(second, steps, graph.plan.dtype, kernels=True)  # type: ignore[attr-defined]
+        for y_d, noise in pictures:
+            assert torch.equal(graph.restore(y_d, noise), fresh.restore(y_d, noise))

@@ -1,0 +1,174 @@
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dtpm_fast import Restorer
+from dtpm_fast.config import Config
+from dtpm_fast.errors import UserError
+from dtpm_fast.runtime import memory
+from dtpm_fast.runtime.noise import noise_fields
+from dtpm_fast.runtime.plan import Plan
+from dtpm_fast.runtime.sampler import make_steps
+from dtpm_fast.runtime.tiling import Tiled, blend_weight, windows
+
+LAYOUTS = [
+    (64, 64, 32, 16, 16),
+    (128, 200, 48, 8, 16),
+    (80, 336, 64, 16, 32),
+    (512, 48, 128, 16, 64),
+    (96, 96, 8, 8, 8),
+]
+
+
+@pytest.mark.parametrize(("height", "width", "core", "multiple", "overlap"), LAYOUTS)
+def test_windows_cover_the_picture_once(height: int, width: int, core: int, multiple: int, overlap: int) -> None:
+    covered, weight = torch.zeros(height, width), torch.zeros(height, width)
+    found = windows(height, width, core, multiple, overlap)
+    sizes = set()
+    for window in found:
+        rows, columns = window.rows, window.columns
+        sizes.add((rows.stop - rows.start, columns.stop - columns.start))
+        for span in (rows, columns):
+            assert span.start <= span.core_start < span.core_stop <= span.stop
+            assert all(v % multiple == 0 for v in (span.start, span.stop, span.core_start, span.core_stop))
+        covered[rows.core_start : rows.core_stop, columns.core_start : columns.core_stop] += 1
+        part = blend_weight(window, height, width, overlap)
+        assert part.shape == window.of(weight[None, None]).shape[-2:]
+        window.of(weight[None, None]).add_(part)
+    assert len(sizes) == 1  # one compiled size, one captured size
+    assert torch.equal(covered, torch.ones(height, width))
+    torch.testing.assert_close(weight, torch.ones(height, width), rtol=0, atol=1e-6)
+
+
+def test_a_picture_that_fits_is_one_window() -> None:
+    assert len(windows(64, 96, 96, 16, 16)) == 1
+    assert len(windows(64, 160, 96, 16, 16)) == 2
+
+
+def psnr(difference: Tensor) -> float:
+    return float(10 * torch.log10(4 / difference.square().mean()))
+
+
+def smooth_picture(height: int, width: int) -> Tensor:
+    """Bright on one side and dark on the other, with texture: the means of its parts differ."""
+    generator = torch.Generator().manual_seed(0)
+    texture = torch.rand(1, 3, height, width, generator=generator) - 0.5
+    slope = torch.linspace(-1, 1, width)[None, None, None] * torch.linspace(0.2, 1, height)[None, None, :, None]
+    return (slope + 0.5 * texture * (slope > 0)).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"semantic_code": "compact"}, {"predictor": "none"}], ids=str)
+def test_tiles_give_the_untiled_picture_also_at_their_seams(random_model: Callable[..., tuple], settings: dict) -> None:
+    model, config = random_model(**settings)
+    steps = make_steps(config, 3)
+    plan = Plan(model, steps)
+    y_d, noise = smooth_picture(256, 384), noise_fields(0, 256, 384)
+    with torch.inference_mode():
+        whole = plan.restore(y_d, noise)
+        calls: list[int] = []
+        tiled = Tiled(plan, 128, model.multiple, overlap=32, advance=lambda: calls.append(1))
+        difference = (tiled.restore(y_d, noise) - whole).double()
+    assert psnr(difference) >= 50
+    tiles = windows(256, 384, 128, model.multiple, 32)
+    assert len(tiles) > 4
+    for window in tiles:
+        if window.rows.core_start:
+            assert psnr(difference[:, :, window.rows.core_start - 8 : window.rows.core_start + 8]) >= 50
+        if window.columns.core_start:
+            assert psnr(difference[..., window.columns.core_start - 8 : window.columns.core_start + 8]) >= 50
+    assert len(calls) == tiled.passes(256, 384)
+
+
+def test_one_window_is_the_plan_itself(random_model: Callable[..., tuple]) -> None:
+    model, config = random_model()
+    plan = Plan(model, make_steps(config, 2))
+    y_d, noise = smooth_picture(32, 48), noise_fields(0, 32, 48)
+    with torch.inference_mode():
+        assert torch.equal(Tiled(plan, 128, model.multiple).restore(y_d, noise), plan.restore(y_d, noise))
+
+
+def test_fused_kernels_are_refused(random_model: Callable[..., tuple]) -> None:
+    model, config = random_model()
+    with pytest.raises(UserError, match="folded blocks"):
+        Tiled(Plan(model, make_steps(config, 2), kernels=True), 128, model.multiple)
+
+
+def test_auto_takes_the_largest_tile_that_fits() -> None:
+    config, dtype = Config.of(preset="light").model, torch.float32
+
+    def chosen(height: int, width: int, free: int) -> int | None:
+        return memory.choose_tile(config, 1, height, width, dtype, free)
+
+    assert chosen(256, 256, 1 << 30) is None
+    tiles = [chosen(4320, 7680, gigabytes << 30) for gigabytes in (64, 16, 8, 4, 3)]
+    assert tiles[0] is not None or memory.needed(config, 4320 * 7680, dtype) <= 64 << 30
+    numbers = [tile for tile in tiles[1:] if tile is not None]
+    assert numbers == sorted(numbers, reverse=True)
+    assert len(set(numbers)) > 1
+    assert chosen(4320, 7680, 0) == memory.TILES[-1]
+
+
+@pytest.fixture
+def restorer(tmp_path: Path, random_weights: Callable[..., Path]) -> Restorer:
+    weights = random_weights(tmp_path / "w.safetensors")
+    return Restorer.from_pretrained(weights, "derain", 2, device="cpu", precision="float32")
+
+
+def photo(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_out_of_memory_goes_on_in_tiles_and_halves_them(
+    restorer: Restorer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = photo(520, 400)
+    whole = restorer(before)
+    limit = 300 * 300
+    network = restorer.backend.step_module.network  # type: ignore[attr-defined]
+
+    def limited(x: Tensor, *rest: object, **named: object) -> object:
+        if x.shape[-2] * x.shape[-1] > limit:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return network(x, *rest, **named)
+
+    monkeypatch.setattr(restorer.backend.step_module, "network", limited)  # type: ignore[attr-defined]
+    caplog.set_level(logging.WARNING, "dtpm_fast")
+    tiled = restorer(before)
+    assert [m for m in caplog.messages if "out of memory" in m][-1].endswith("tiles of 130 pixels")
+    assert np.abs(tiled.astype(int) - whole).max() <= 2
+    limit = 0
+    with pytest.raises(UserError, match="400x520 pixels: not enough memory"):
+        restorer(before)
+
+
+def test_other_failures_are_not_taken_for_memory(restorer: Restorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(restorer.backend, "restore", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        restorer(photo(8, 8))
+
+
+def test_a_tile_that_was_asked_for_is_used_and_an_unusable_one_is_refused(
+    tmp_path: Path, random_weights: Callable[..., Path]
+) -> None:
+    weights = random_weights(tmp_path / "w.safetensors")
+    before = photo(300, 420)
+    common: dict[str, Any] = {"steps": 2, "device": "cpu", "precision": "float32"}
+    whole = Restorer.from_pretrained(weights, "derain", **common, tile=None)(before)
+    tiled = Restorer.from_pretrained(weights, "derain", **common, tile=128)(before)
+    assert np.abs(tiled.astype(int) - whole).max() <= 2
+    for settings, message in (
+        ({"tile": 127}, "tile 127: use auto, none, or a number of pixels from 128 on"),
+        ({"tile": "big"}, "tile big"),
+        ({"tile": 256, "backend": "reference"}, "reference backend does not tile"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Restorer.from_pretrained(weights, "derain", **settings)
