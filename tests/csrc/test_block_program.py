@@ -1,0 +1,41 @@
+"""The CUDA smoother's source, run on the CPU with a thread for each GPU thread, against the CPU smoother."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dtpm_fast import rtv_smooth
+
+SOURCE = Path(__file__).with_name("block_on_host.cpp")
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    binary = tmp_path_factory.mktemp("block") / "block_on_host"
+    subprocess.run(["g++", "-O2", "-std=c++17", "-pthread", SOURCE, "-o", binary], check=True)
+    return binary
+
+
+# Narrower than a warp, one band exactly, several bands, one band with the pitch of the width, and a single pixel.
+@pytest.mark.parametrize("shape", [(1, 1, 3), (5, 9, 1), (32, 32, 3), (71, 33, 3), (40, 67, 1), (3, 80, 3), (66, 20, 3)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_agrees_with_the_cpu_smoother(program: Path, shape: tuple[int, int, int], dtype: type) -> None:
+    image = np.random.default_rng(sum(shape)).random(shape).astype(dtype)
+    tol = 3e-5 if dtype is np.float32 else 1e-9
+    settings = [0.02, 2.5, 0.03, 3]
+    expected, info = rtv_smooth(image, *settings, tol=tol, return_info=True)
+    height, width, channels = shape
+    code = "f" if dtype is np.float32 else "d"
+    arguments = [str(a) for a in (height, width, channels, code, *settings, tol)]
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+    done = subprocess.run([program, *arguments], input=planes.tobytes(), capture_output=True, check=True, timeout=100)
+    result = np.frombuffer(done.stdout, dtype, planes.size).reshape(planes.shape).transpose(1, 2, 0)
+    reports = np.frombuffer(done.stdout[planes.nbytes :], np.dtype([("iterations", "i4"), ("residual", "f4")]))
+    np.testing.assert_allclose(result, expected, rtol=0, atol=0.05 / 255 if dtype is np.float32 else 1e-7)
+    assert np.abs(reports["iterations"] - info.iterations[0]).max() <= 2
+    assert (reports["iterations"] >= 0).all()
