@@ -5,8 +5,6 @@ them from the cache) and feeds the three output rows that see it, whose sums sta
 """
 # mypy: disable-error-code="no-untyped-def"
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -66,13 +64,25 @@ def _grid(h: torch.Tensor, channels: int, options: Options) -> tuple[int, int, i
 
 
 @triton.jit
+def _load_tap(weight_ptr, c, in_c, tap: tl.constexpr, FLIP: tl.constexpr):
+    """One of the nine weights of each channel, (1, C); counted from the end for the transposed convolution."""
+    at = weight_ptr + c * 9 + (8 - tap if FLIP else tap)
+    return tl.load(at, mask=in_c, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _load_taps(weight_ptr, c, in_c, FLIP: tl.constexpr):
-    """The nine weights of each channel, (1, C) each, row by row; flipped for the transposed convolution."""
-    w: Any = ()
-    for tap in tl.static_range(9):
-        at = 8 - tap if FLIP else tap
-        w = w + (tl.load(weight_ptr + c * 9 + at, mask=in_c, other=0.0).to(tl.float32),)  # noqa: RUF005
-    return w
+    """All nine, row by row."""
+    w0 = _load_tap(weight_ptr, c, in_c, 0, FLIP)
+    w1 = _load_tap(weight_ptr, c, in_c, 1, FLIP)
+    w2 = _load_tap(weight_ptr, c, in_c, 2, FLIP)
+    w3 = _load_tap(weight_ptr, c, in_c, 3, FLIP)
+    w4 = _load_tap(weight_ptr, c, in_c, 4, FLIP)
+    w5 = _load_tap(weight_ptr, c, in_c, 5, FLIP)
+    w6 = _load_tap(weight_ptr, c, in_c, 6, FLIP)
+    w7 = _load_tap(weight_ptr, c, in_c, 7, FLIP)
+    w8 = _load_tap(weight_ptr, c, in_c, 8, FLIP)
+    return w0, w1, w2, w3, w4, w5, w6, w7, w8
 
 
 @triton.jit
