@@ -14,6 +14,7 @@ from packaging import version
 from dtpm_fast.kernels.device import INTERPRETED
 
 HERE = Path(__file__).parent
+FILES = sorted(path.name for path in HERE.glob("test_*.py") if "\ndef test_triton" in path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
@@ -23,8 +24,8 @@ HERE = Path(__file__).parent
     and version.parse(numpy.__version__) >= version.parse("2.4"),
     reason="the interpreter of this Triton cannot loop with this numpy; install numpy<2.4 or triton>=3.7",
 )
-@pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("test_*.py") if "device:" in path.read_text()))
-def test_kernels_in_the_interpreter(file: str) -> None:
+@pytest.mark.parametrize("file", FILES)
+def test_in_the_interpreter(file: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", str(HERE / file)],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
