@@ -74,7 +74,8 @@ class TrainConfig:
     """One run of training. The defaults are the paper's; `steps` is its stage I (stage II: 600,000)."""
 
     steps: int = 800_000
-    batch_size: int = 32
+    batch_size: int = 32  # of one process; an iteration sees batch_size * accumulate * processes samples
+    accumulate: int = 1  # batches of a process whose gradients are averaged into one iteration
     crop: int = 256
     lr: float = 1.5e-4
     lr_min: float = 1e-7
@@ -89,10 +90,14 @@ class TrainConfig:
     strength: float = 1.0  # of the synthetic degradations
     rotate45: bool = False
     seed: int = 0
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on the CPU
+    # auto: bfloat16 on CUDA, float32 on the CPU; float16 on CUDA only, with a loss scale.
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # The denoising blocks as written in model/block.py, or through the fused kernels (not yet run on hardware).
     kernels: Literal["reference", "fused"] = "reference"
-    workers: int = 2
+    compile: bool = False  # torch.compile of the whole loss
+    activation_checkpointing: bool = False  # blocks are computed again in the backward pass: less memory, more time
+    deterministic: bool = False  # the same bits on every run on CUDA, or an error; the CPU needs no switch
+    workers: int = 2  # processes that load data for one training process
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     validate_every: int = 1000
@@ -217,7 +222,8 @@ def _check(config: Config) -> None:
     at_least_one = {
         "width": model.width, "middle_blocks": model.middle_blocks, "embedding": model.embedding,
         "predictor_width": model.predictor_width, "predictor_middle_blocks": model.predictor_middle_blocks,
-        "timesteps": diffusion.timesteps, "steps": train.steps, "batch_size": train.batch_size, "crop": train.crop,
+        "timesteps": diffusion.timesteps, "steps": train.steps, "batch_size": train.batch_size,
+        "accumulate": train.accumulate, "crop": train.crop,
         "checkpoint_every": train.checkpoint_every, "keep_checkpoints": train.keep_checkpoints,
         "validate_every": train.validate_every, "validation_steps": train.validation_steps,
         "log_every": train.log_every,

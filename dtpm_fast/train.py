@@ -6,15 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dtpm_fast.commands.run import run
+from dtpm_fast.commands.run import run as run_command
 from dtpm_fast.config import Config
-from dtpm_fast.device import choose_device
 from dtpm_fast.errors import UserError
 from dtpm_fast.model.dtpm import DTPM, load_semantic_weights
 from dtpm_fast.tasks import TASKS, check_task
 from dtpm_fast.training.freeze import freeze
 from dtpm_fast.training.loop import Run, train
 from dtpm_fast.training.sources import stage1_source, stage2_source
+from dtpm_fast.training.world import World
 from dtpm_fast.weights_file import fill, read_weights
 
 EXAMPLES = """examples:
@@ -23,6 +23,7 @@ EXAMPLES = """examples:
       --output runs/derain --set crop=96 batch_size=8 steps=6000
   python -m dtpm_fast.train --stage 2 --task dehaze --data photos --prior runs/prior/weights.safetensors \\
       --output runs/dehaze
+  torchrun --nproc-per-node 8 --max-restarts 3 -m dtpm_fast.train --stage 1 --data photos --output runs/prior
 Every setting (--set, or a TOML file for --config) is described in dtpm_fast/config.py; the defaults are the paper's."""
 
 
@@ -47,16 +48,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split-file", type=Path, help="stage 2: CSV or list that says which pictures train and test")
     parser.add_argument("--validation", type=Path, help="folder to validate on (else a part of the data is held out)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --output")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; under torchrun auto, cpu or cuda")
     args = parser.parse_args(argv)
     if (args.stage == 2) != (args.task is not None):
         parser.error("--task belongs to --stage 2, and stage 2 needs it")
-    return run(lambda: _main(args))
+    return run_command(lambda: _main(args))
 
 
 def _main(args: argparse.Namespace) -> int:
-    device, why = choose_device(args.device)
-    print(f"device: {why}")
+    world = World.from_environment()
+    device, why = world.device(args.device)
+    world.say(f"device: {why}")
     prior = None if args.prior is None else read_weights(args.prior)
     if prior is not None and prior.stage != 1:
         raise UserError(f"{args.prior}: holds stage {prior.stage} weights; --prior takes stage 1 weights")
@@ -69,18 +71,18 @@ def _main(args: argparse.Namespace) -> int:
     model = _build(args, config, prior)
     freeze(model, config.train.tune)
     if args.stage == 1:
-        source = stage1_source(args.data, args.smoothed, args.validation, config.train)
+        source = stage1_source(args.data, args.smoothed, args.validation, config.train, world.checks_data)
     else:
         task = check_task(args.task)
-        source = stage2_source(task, args.data, args.split_file, args.synthetic, args.validation, config.train)
+        source = stage2_source(
+            task, args.data, args.split_file, args.synthetic, args.validation, config.train, world.checks_data
+        )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"data: {source.about}; validation on {len(source.validation)} crops")
-    print(f"model: {config.model.preset}, {trained / 1e6:.2f}M parameters train")
+    world.say(f"data: {source.about}; validation on {len(source.validation)} crops")
+    world.say(f"model: {config.model.preset}, {trained / 1e6:.2f}M parameters train")
     about = {"data": source.about, "device": why}
-    weights = train(
-        Run(model, config, args.task or "", source.data, source.validation, args.output, device, about), args.resume
-    )
-    print(f"written: {weights}")
+    run = Run(model, config, args.task or "", source.data, source.validation, args.output, device, about, world)
+    world.say(f"written: {train(run, args.resume)}")
     return 0
 
 

@@ -1,8 +1,9 @@
 """What a killed run needs to go on bit for bit: trainer states, written whole, the last K kept.
 
-A run folder holds `checkpoints/step-00001000.pt` (model, averages, optimiser, step, config), `weights.safetensors` (the
-averages, for use) and TensorBoard's files. Random numbers need no state: batch, noise and gamma of an iteration are
-functions of the seed and the iteration alone.
+A run folder holds `checkpoints/step-00001000.pt` (model, averages, optimiser, loss scale, step, best validation, and
+config), `weights.safetensors` (the averages, for use), `weights-best.safetensors` (those of the best validation) and
+TensorBoard's files. Random numbers need no state: batch, noise and gamma of an iteration are functions of the seed and
+the iteration alone.
 """
 
 import pickle

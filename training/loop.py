@@ -1,34 +1,39 @@
-"""The training loop of both stages. Every random number of iteration i is a function of the seed and i alone: the batch
-(by sample index), gamma and eps. A run that was killed and resumed therefore ends in the same bits on the CPU."""
+"""The training loop of both stages, on one device or as one of several processes (`torchrun`). Every random number of
+iteration i is a function of the seed and i alone: a run that was killed and resumed ends in the same bits on the CPU,
+and N processes train as one with N times the batch."""
 
 import math
-import os
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 
 from dtpm_fast import __version__
 from dtpm_fast.atomic import atomic_path
 from dtpm_fast.config import Config
-from dtpm_fast.diffusion import sample_gamma, stage1_loss, stage2_loss
 from dtpm_fast.errors import UserError
 from dtpm_fast.model.block import use_kernels
 from dtpm_fast.model.dtpm import DTPM
+from dtpm_fast.training.batches import Batch, Pair, batches
 from dtpm_fast.training.checkpoints import newest_state, save_state
+from dtpm_fast.training.determinism import determinism
 from dtpm_fast.training.ema import EMA
-from dtpm_fast.training.validation import validate
+from dtpm_fast.training.log import Log
+from dtpm_fast.training.meter import Meter, peak_memory
+from dtpm_fast.training.objective import Objective
+from dtpm_fast.training.precision import Precision
+from dtpm_fast.training.recompute import recompute_blocks
+from dtpm_fast.training.validation import score, validate
+from dtpm_fast.training.world import World
 from dtpm_fast.weights_file import save_weights
-
-Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,84 +48,166 @@ class Run:
     folder: Path
     device: torch.device
     about: dict[str, Any]  # goes into the weights file: data, device
+    world: World = field(default_factory=World)
 
 
 def train(run: Run, resume: bool = False) -> Path:
-    """Train to `config.train.steps` and return the path of the averaged weights.
+    """Train to `config.train.steps` and return the path of the averaged weights. `weights-best.safetensors` beside them
+    are those of the best validation.
 
     Raises `UserError` when the run folder already holds a run and `resume` is off, when it holds one of another config,
     when there is nothing to resume, and when the loss is no longer a number (the batch is saved).
     """
-    settings = run.config.train
-    model = run.model.to(run.device).to(memory_format=torch.channels_last)
-    use_kernels(model, settings.kernels == "fused")
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.Adam(trained.values(), lr=settings.lr, betas=(0.9, 0.999))
-    ema = EMA(trained, settings.ema)
-    state = _resumed(run, resume)
-    first = 0
-    if state is not None:
-        model.load_state_dict(state["model"])
-        ema.load(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = int(state["step"])
-        print(f"resumed at iteration {first} of {settings.steps}")
-    model.train()
+    with determinism(run.config.train.deterministic), run.world.joined(run.device):
+        trainer = Trainer(run)
+        trainer.resume(resume)
+        with Log(run.folder, run.model.stage, trainer.step, run.config.train.steps, not run.world.leads) as log:
+            try:
+                trainer.run_to_the_end(log)
+            except KeyboardInterrupt:
+                trainer.save()
+                raise UserError(f"stopped at iteration {trainer.step}; the state is saved, --resume goes on") from None
+        return trainer.save()
 
-    def checkpoint(step: int) -> Path:
-        save_state(
-            run.folder,
-            step,
-            {
-                "config": run.config.to_json(), "stage": model.stage, "task": run.task,
-                "model": model.state_dict(), "ema": ema.average, "optimizer": optimizer.state_dict(),
-            },
-            settings.keep_checkpoints,
-        )  # fmt: skip
-        weights = run.folder / "weights.safetensors"
-        about = {**run.about, "steps": step, "version": __version__, "train": vars(settings)}
-        with ema.applied():
-            save_weights(weights, model.state_dict(), run.config, model.stage, run.task, about)
-        return weights
 
-    with SummaryWriter(str(run.folder / "tensorboard"), purge_step=first) as board:
-        step = first
-        progress = tqdm(total=settings.steps, initial=first, desc=f"stage {model.stage}", unit="it", disable=None)
-        try:
-            seen, since = 0, time.perf_counter()
-            for pair in _batches(run, first):
-                lr = learning_rate(step, run.config)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                loss, gradient = _iteration(run, model, trained, optimizer, pair, step)
-                step += 1
-                ema.update(step)
-                progress.update()
-                seen += pair[0].shape[0]
-                if step % settings.log_every == 0 or step == settings.steps:
-                    rate = seen / (time.perf_counter() - since)
-                    seen, since = 0, time.perf_counter()
-                    progress.set_postfix(loss=f"{loss.item():.4f}", images_per_s=f"{rate:.1f}")
-                    scalars = {"loss": loss.item(), "lr": lr, "images_per_s": rate, "gradient_norm": gradient.item()}
-                    for name, value in scalars.items():
-                        board.add_scalar(f"train/{name}", value, step)
-                if run.validation and (step % settings.validate_every == 0 or step == settings.steps):
-                    with ema.applied():
-                        results, picture = validate(model.eval(), run.config, run.validation, run.device)
-                    model.train()
-                    for name, value in results.items():
-                        board.add_scalar(f"validation/{name}", value, step)
-                    board.add_image("validation/input_predictor_result_target", picture, step)
-                    progress.write(f"{step}: " + ", ".join(f"{name} {value:.4g}" for name, value in results.items()))
-                    since = time.perf_counter()
-                if step % settings.checkpoint_every == 0:
-                    checkpoint(step)
-        except KeyboardInterrupt:
-            checkpoint(step)
-            raise UserError(f"stopped at iteration {step}; the state is saved, go on with --resume") from None
-        finally:
-            progress.close()
-    return checkpoint(step)
+class Trainer:
+    """The state of a run, and what one iteration does to it."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, settings = run, run.config.train
+        self.precision = Precision(settings.precision, run.device)
+        self.model = run.model.to(run.device).to(memory_format=torch.channels_last).train()
+        use_kernels(self.model, settings.kernels == "fused")
+        if settings.activation_checkpointing:
+            recompute_blocks(self.model)
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.Adam(self.trained.values(), lr=settings.lr, betas=(0.9, 0.999))
+        self.ema = EMA(self.trained, settings.ema)
+        self.objective: nn.Module = Objective(self.model, run.config)
+        self.meter = Meter()
+        self.step = 0
+        self.best = -math.inf
+
+    def run_to_the_end(self, log: Log) -> None:
+        settings, world = self.run.config.train, self.run.world
+        self._parallelise()
+        loader = batches(self.run.data, self.run.config, self.step, world, self.run.device.type == "cuda")
+        while self.step < settings.steps:
+            with self.meter.waiting():
+                share = list(islice(loader, settings.accumulate))
+            loss, gradient = self.iterate(share)
+            self.meter.count(settings.batch_size * settings.accumulate * world.size)
+            log.bar.update()
+            last = self.step == settings.steps
+            if last or self.step % settings.log_every == 0:
+                figures = {"loss": world.mean(loss), "gradient_norm": gradient.item(), **self.meter.read()}
+                figures["lr"] = self.optimizer.param_groups[0]["lr"]
+                log.training(self.step, {**figures, "peak_memory_gib": peak_memory(self.run.device)})
+            with self.meter.paused():
+                if last or self.step % settings.validate_every == 0:
+                    self._validate(log)
+                if self.step % settings.checkpoint_every == 0:
+                    self.save()
+
+    def iterate(self, share: list[Batch]) -> tuple[Tensor, Tensor]:
+        """One step of the optimiser over this process's batches; returns their mean loss and the gradient's norm, which
+        is of all processes."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.run.config)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.run.device)
+        for number, batch in enumerate(share):
+            with self._exchanging(number == len(share) - 1):
+                with self.precision.autocast():
+                    loss = self.objective(*self._on_device(batch)) / len(share)
+                self.precision.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.precision.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.run.config.train.clip_grad or math.inf)
+        self._stop_unless_finite(total, norm, share)
+        self.precision.scaler.step(self.optimizer)
+        self.precision.scaler.update()
+        self.step += 1
+        self.ema.update(self.step)
+        return total, norm
+
+    def save(self) -> Path:
+        """The state and the averaged weights, by rank 0; returns the path of the weights."""
+        run = self.run
+        if run.world.leads:
+            state = {
+                "config": run.config.to_json(), "stage": self.model.stage, "task": run.task, "best": self.best,
+                "model": self.model.state_dict(), "ema": self.ema.average, "optimizer": self.optimizer.state_dict(),
+                "scaler": self.precision.scaler.state_dict(),
+            }  # fmt: skip
+            save_state(run.folder, self.step, state, run.config.train.keep_checkpoints)
+            with self.ema.applied():
+                self._save_weights("weights.safetensors")
+        return run.folder / "weights.safetensors"
+
+    def resume(self, resume: bool) -> None:
+        """Go on from the newest state that can be read; after a restart by torchrun also when it was not asked for."""
+        run = self.run
+        state = _resumable(run, resume) if run.world.leads else None
+        state = run.world.from_rank_0(state)  # the folder may be on the first machine alone
+        if state is None:
+            return
+        self.model.load_state_dict(state["model"])
+        self.ema.load(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):
+            self.precision.scaler.load_state_dict(state["scaler"])
+        self.best = state.get("best", -math.inf)
+        self.step = int(state["step"])
+        run.world.say(f"resumed at iteration {self.step} of {run.config.train.steps}")
+
+    def _parallelise(self) -> None:
+        if self.run.world.size > 1:
+            devices = [self.run.device] if self.run.device.type == "cuda" else None
+            # Buffers never change: those of the semantic encoder are frozen with it.
+            self.objective = DistributedDataParallel(self.objective, devices, broadcast_buffers=False)
+        if self.run.config.train.compile:
+            self.objective.compile()
+
+    def _exchanging(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients are averaged over the processes with the last of an iteration's batches."""
+        return nullcontext() if last or self.run.world.size == 1 else self.objective.no_sync()  # type: ignore[operator]
+
+    def _on_device(self, batch: Batch) -> Iterator[Tensor]:
+        for x in batch:
+            layout = torch.channels_last if x.ndim == 4 else torch.preserve_format
+            yield x.to(self.run.device, non_blocking=True, memory_format=layout)
+
+    def _validate(self, log: Log) -> None:
+        run = self.run
+        if not run.world.leads or not run.validation:
+            return
+        with self.ema.applied():
+            results, picture = validate(self.model.eval(), run.config, run.validation, run.device)
+            if score(results) > self.best:
+                self.best = score(results)
+                self._save_weights("weights-best.safetensors", validation=results)
+        self.model.train()
+        log.validation(self.step, results, picture)
+
+    def _save_weights(self, name: str, **more: Any) -> None:
+        run = self.run
+        about = {**run.about, "steps": self.step, "version": __version__, "train": vars(run.config.train), **more}
+        save_weights(run.folder / name, self.model.state_dict(), run.config, self.model.stage, run.task, about)
+
+    def _stop_unless_finite(self, loss: Tensor, norm: Tensor, share: list[Batch]) -> None:
+        if torch.isfinite(loss) and (torch.isfinite(norm) or self.precision.overflow_is_normal()):
+            return
+        rank = f"-rank{self.run.world.rank}" if self.run.world.size > 1 else ""
+        saved = self.run.folder / f"bad-batch-{self.step:08d}{rank}.safetensors"
+        names = ("first", "second", "eps", "gamma")
+        batch = {name: torch.cat(parts) for name, parts in zip(names, zip(*share, strict=True), strict=True)}
+        with atomic_path(saved) as temporary:
+            save_file(batch, temporary)
+        raise UserError(
+            f"iteration {self.step}: the loss is {loss.item()}, the gradient's norm {norm.item()}; the batch is in "
+            f"{saved}. Lower lr, or use --set precision=float32, and --resume from the last checkpoint"
+        )
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -132,81 +219,18 @@ def learning_rate(step: int, config: Config) -> float:
     return train.lr_min + 0.5 * (train.lr - train.lr_min) * (1 + math.cos(math.pi * done))
 
 
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """`precision`: auto is bfloat16 on CUDA and float32 on the CPU."""
-    name = config.train.precision
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=name == "bfloat16")
-
-
-def _iteration(
-    run: Run,
-    model: DTPM,
-    trained: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    pair: Pair,
-    step: int,
-) -> tuple[Tensor, Tensor]:
-    """One optimiser step; returns the loss and the gradient's norm."""
-    settings, diffusion = run.config.train, run.config.diffusion
-    a, b = (x.to(run.device, non_blocking=True, memory_format=torch.channels_last) for x in pair)
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    gamma = sample_gamma(a.shape[0], diffusion, generator).to(run.device)
-    eps = torch.randn(a.shape, generator=generator).to(run.device, memory_format=torch.channels_last)
-    with autocast(run.config, run.device):
-        if model.stage == 1:
-            loss = stage1_loss(model, diffusion, a, b, eps, gamma)
-        else:
-            loss, y_eps = stage2_loss(model, diffusion, b, a, eps, gamma)
-            if settings.predictor_loss:
-                loss = loss + settings.predictor_loss * (y_eps - b).abs().mean()
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip_grad or math.inf)
-    if not torch.isfinite(loss) or not torch.isfinite(norm):
-        saved = run.folder / f"bad-batch-{step:08d}.safetensors"
-        with atomic_path(saved) as temporary:
-            save_file({"first": a.cpu().contiguous(), "second": b.cpu().contiguous(), "gamma": gamma.cpu()}, temporary)
-        raise UserError(
-            f"iteration {step}: the loss is {loss.item()}, the gradient's norm {norm.item()}; the batch is in {saved}. "
-            f"Lower lr, or use --set precision=float32, and --resume from the last checkpoint"
-        )
-    optimizer.step()
-    return loss.detach(), norm
-
-
-def _batches(run: Run, first: int) -> Iterator[Pair]:
-    """Batches from iteration `first` to the last: sample indices go on where they stopped."""
-    settings = run.config.train
-    loader = DataLoader(
-        run.data,
-        settings.batch_size,
-        sampler=range(first * settings.batch_size, settings.steps * settings.batch_size),
-        num_workers=min(settings.workers, usable_cores()),
-        pin_memory=run.device.type == "cuda",
-        persistent_workers=False,
-    )
-    yield from loader
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _resumed(run: Run, resume: bool) -> dict[str, Any] | None:
+def _resumable(run: Run, resume: bool) -> dict[str, Any] | None:
     state, broken = newest_state(run.folder)
     for line in broken:
         print(line)
-    if not resume:
-        if state is not None:
-            raise UserError(
-                f"{run.folder}: already holds a run at iteration {state['step']}; add --resume or choose another folder"
-            )
-        return None
     if state is None:
-        raise UserError(f"{run.folder}: nothing to resume, no readable checkpoint in it")
+        if resume and not run.world.restarted:
+            raise UserError(f"{run.folder}: nothing to resume, no readable checkpoint in it")
+        return None
+    if not resume and not run.world.restarted:
+        raise UserError(
+            f"{run.folder}: already holds a run at iteration {state['step']}; add --resume or choose another folder"
+        )
     then, now = Config.from_json(state["config"]), run.config
     if (then.model, then.diffusion, state["stage"], state["task"]) != (
         now.model,

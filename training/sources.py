@@ -26,18 +26,23 @@ class Source:
     about: str
 
 
-def stage1_source(photos: Path, smoothed: Path | None, validation: Path | None, train: TrainConfig) -> Source:
-    """(x_g, y_s) crops of a folder of photos; validation on another folder, else on every tenth photo, held out."""
+def stage1_source(
+    photos: Path, smoothed: Path | None, validation: Path | None, train: TrainConfig, check: bool = True
+) -> Source:
+    """(x_g, y_s) crops of a folder of photos; validation on another folder, else on every tenth photo, held out.
+    `check=False` leaves out the decoding of every picture: another process of this machine has done it."""
     cache = PictureCache()
     if validation is None:
         kept, held_out = hold_out(find_photos(photos), train.validation_images)
     else:
         kept, held_out = find_photos(photos), find_photos(validation)[: train.validation_images]
-    options = {"seed": train.seed, "rotate45": train.rotate45, "cache": cache}
+    options = {"seed": train.seed, "rotate45": train.rotate45, "cache": cache, "check": check}
     # A list of paths is matched by name alone, so a folder smoothed ahead is given as the folder it belongs to.
     data = SmoothedCrops(kept if smoothed is None else photos, train.crop, smoothed=smoothed, **options)  # type: ignore[arg-type]
     count = min(train.validation_images, len(held_out))
-    unseen = SmoothedCrops(held_out, train.crop, train.seed + 1, augment="none", cache=cache) if count else None
+    unseen = None
+    if count:
+        unseen = SmoothedCrops(held_out, train.crop, train.seed + 1, augment="none", cache=cache, check=check)
     return Source(
         data,
         [unseen[i] for i in range(count)] if unseen is not None else [],
@@ -46,11 +51,17 @@ def stage1_source(photos: Path, smoothed: Path | None, validation: Path | None, 
 
 
 def stage2_source(
-    task: str, data: Path, split_file: Path | None, synthetic: Path | None, validation: Path | None, train: TrainConfig
+    task: str,
+    data: Path,
+    split_file: Path | None,
+    synthetic: Path | None,
+    validation: Path | None,
+    train: TrainConfig,
+    check: bool = True,
 ) -> Source:
     """(y_d, y_g) crops. `data` holds pairs in a layout of the task, or clean photos that are degraded synthetically;
     `synthetic` is a folder of clean photos to mix in beside real pairs. Validation: the layout's test split, else every
-    tenth pair or photo, held out; or the pairs or photos of `validation`."""
+    tenth pair or photo, held out; or the pairs or photos of `validation`. `check` as for `stage1_source`."""
     cache = PictureCache()
     crop, seed = train.crop, train.seed
     pairs = _pairs_or_none(task, data, "train", split_file)
@@ -61,26 +72,27 @@ def stage2_source(
     if pairs is None:
         photos = find_photos(data)
         kept, held_out = hold_out(photos, train.validation_images) if validation is None else (photos, [])
-        source: Dataset[Pair] = _synthetic(kept, task, train, cache)
+        source: Dataset[Pair] = _synthetic(kept, task, train, cache, check)
         about = f"{len(kept)} clean photos of {data.name}, synthetic {task}"
-        unseen = _validation(task, validation, train, cache) or SyntheticCrops(
-            held_out, task, crop, seed + 1, strength=train.strength, augment="none", cache=cache, check=bool(held_out)
-        )
+        unseen = _validation(task, validation, train, cache, check) or SyntheticCrops(
+            held_out, task, crop, seed + 1, strength=train.strength, augment="none", cache=cache,
+            check=check and bool(held_out),
+        )  # fmt: skip
     else:
         held_out_pairs: Sequence[tuple[Path, Path]] = []
         if validation is None:
             held_out_pairs = _pairs_or_none(task, data, "test", split_file) or []
             if not held_out_pairs or set(held_out_pairs) & set(pairs):
                 pairs, held_out_pairs = hold_out(pairs, train.validation_images)
-        source = PairCrops(pairs, crop, seed, augment=_augment(task), rotate45=train.rotate45, cache=cache)
+        source = PairCrops(pairs, crop, seed, augment=_augment(task), rotate45=train.rotate45, cache=cache, check=check)
         about = f"{len(pairs)} pairs of {data.name}"
         if synthetic is not None:
             photos = find_photos(synthetic)
             share = train.synthetic_share
-            source = MixedCrops([(source, 1 - share), (_synthetic(photos, task, train, cache), share)], seed)
+            source = MixedCrops([(source, 1 - share), (_synthetic(photos, task, train, cache, check), share)], seed)
             about += f", and a share of {share:g} synthetic {task} on {len(photos)} clean photos of {synthetic.name}"
-        unseen = _validation(task, validation, train, cache) or PairCrops(
-            held_out_pairs, crop, seed + 1, augment="none", cache=cache, check=bool(held_out_pairs)
+        unseen = _validation(task, validation, train, cache, check) or PairCrops(
+            held_out_pairs, crop, seed + 1, augment="none", cache=cache, check=check and bool(held_out_pairs)
         )
     count = min(train.validation_images, len(getattr(unseen, "pairs", getattr(unseen, "photos", []))))
     return Source(source, [unseen[i] for i in range(count)], about)
@@ -98,19 +110,26 @@ def hold_out(items: Sequence, count: int) -> tuple[list, list]:
 
 
 def _validation(
-    task: str, folder: Path | None, train: TrainConfig, cache: PictureCache
+    task: str, folder: Path | None, train: TrainConfig, cache: PictureCache, check: bool
 ) -> PairCrops | SyntheticCrops | None:
     if folder is None:
         return None
     pairs = _pairs_or_none(task, folder, "test", None)
     if pairs is not None:
-        return PairCrops(pairs, train.crop, train.seed + 1, augment="none", cache=cache)
+        return PairCrops(pairs, train.crop, train.seed + 1, augment="none", cache=cache, check=check)
     return SyntheticCrops(
-        find_photos(folder), task, train.crop, train.seed + 1, strength=train.strength, augment="none", cache=cache
+        find_photos(folder),
+        task,
+        train.crop,
+        train.seed + 1,
+        strength=train.strength,
+        augment="none",
+        cache=cache,
+        check=check,
     )
 
 
-def _synthetic(photos: list[Path], task: str, train: TrainConfig, cache: PictureCache) -> SyntheticCrops:
+def _synthetic(photos: list[Path], task: str, train: TrainConfig, cache: PictureCache, check: bool) -> SyntheticCrops:
     return SyntheticCrops(
         photos,
         task,
@@ -120,6 +139,7 @@ def _synthetic(photos: list[Path], task: str, train: TrainConfig, cache: Picture
         augment="all",
         rotate45=train.rotate45,
         cache=cache,
+        check=check,
     )
 
 

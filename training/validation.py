@@ -51,6 +51,14 @@ def validate(
     return means, make_grid(torch.cat(rows) * 0.5 + 0.5, nrow=4).clamp(0, 1)
 
 
+def score(figures: dict[str, float]) -> float:
+    """How good a validation is, higher is better: PSNR of stage II's result; in stage I, where each level counts the
+    same, the mean epsilon loss with its sign changed."""
+    if "psnr_result" in figures:
+        return figures["psnr_result"]
+    return -sum(figures[f"eps_loss_{level}"] for level in range(LEVELS)) / LEVELS
+
+
 def _psnr(image: Tensor, target: Tensor) -> float:
     """PSNR over RGB in dB, after rounding to 8 bits, of pictures in [-1, 1]."""
     image, target = ((x.float() * 127.5 + 127.5).round().clamp(0, 255) for x in (image, target))

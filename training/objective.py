@@ -1,0 +1,24 @@
+"""The loss of a batch as one module: what DistributedDataParallel wraps and torch.compile sees."""
+
+from torch import Tensor, nn
+
+from dtpm_fast.config import Config
+from dtpm_fast.diffusion import stage1_loss, stage2_loss
+from dtpm_fast.model.dtpm import DTPM
+
+
+class Objective(nn.Module):
+    """Eq. 4 for a pair (x_g, y_s) of stage I; eq. 6 for a pair (y_d, y_g) of stage II, with the predictor's own loss
+    when the config gives it a weight."""
+
+    def __init__(self, model: DTPM, config: Config) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, first: Tensor, second: Tensor, eps: Tensor, gamma: Tensor) -> Tensor:
+        """(B, 3, H, W) pictures in [-1, 1] and noise, gamma (B,); returns the mean loss, a scalar."""
+        diffusion, weight = self.config.diffusion, self.config.train.predictor_loss
+        if self.model.stage == 1:
+            return stage1_loss(self.model, diffusion, first, second, eps, gamma)
+        loss, y_eps = stage2_loss(self.model, diffusion, second, first, eps, gamma)
+        return loss + weight * (y_eps - second).abs().mean() if weight else loss
