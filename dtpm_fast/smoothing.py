@@ -6,7 +6,8 @@ written from the paper's equations. The solver (csrc/rtv) is described in docs/r
 
 import math
 import os
-from typing import Any, NamedTuple
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,15 +15,20 @@ try:
     from dtpm_fast import _rtv
 except ImportError as error:
     raise ImportError(
-        "dtpm_fast._rtv, the compiled smoother, is missing: install the package (pip install -e . from the repository's "
+        "dtpm_fast._rtv, the compiled smoother, is missing: install the package (pip install -e . in the repository's "
         "root; after a normal install, do not start Python in the repository's root)"
     ) from error
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32), np.dtype(np.float64))
 SOLVERS = ("mic", "direct")
 MODES = ("exact", "matlab_pcg")
 LOWEST, HIGHEST = -1.0, 2.0  # resampling overshoots [0, 1]; a picture in 0..255 is a mistake
 DIRECT_BYTES = 2**31  # of the direct solver's band
+CUDA_WORKSPACE_BYTES = 2**33  # at most; larger batches go through in parts
+CUDA_LARGEST_SIGMA = 25.0  # the kernel's room for the Gaussian's taps
 
 
 class SmoothInfo(NamedTuple):
@@ -49,28 +55,61 @@ def rtv_smooth(
 ) -> Any:
     """Smooth a picture or a batch.
 
-    image: HW, HWC or NHWC array with 1 or 3 channels (three dimensions are always HWC); uint8 or uint16 over their full
-        range, or float32 or float64 in [0, 1]. Any strides; read-only is fine. float64 is computed in float64,
-        everything else in float32.
+    image: HW, HWC or NHWC with 1 or 3 channels (three dimensions are always HWC), a numpy array or a torch tensor;
+        uint8 or uint16 over their full range, or float32 or float64 in [0, 1]. Any strides; read-only is fine. float64
+        is computed in float64, everything else in float32.
     lam: strength of the smoothing, >= 0 (0 returns the picture). sigma: largest texture scale in pixels, > 0, halved
         in every iteration. sharpness: smallest mean gradient that counts, > 0. iterations: solves, >= 1.
     solver: "mic", or "direct", a float64 elimination to check it with on small pictures.
-    mode: "exact" solves each system to `tol`; "matlab_pcg" stops where the authors' MATLAB program does (relative residual
-        0.1 from a zero start, `tol` unused), which differs from exact by up to 16 to 34/255.
-    tol: relative residual at which a solve ends (or where rounding of the result causes as much, up to 1e-3); the default
-        keeps the largest error of a photo below 0.1/255.
+    mode: "exact" solves each system to `tol`; "matlab_pcg" stops where the authors' MATLAB program does (relative
+        residual 0.1 from a zero start, `tol` unused), which differs from exact by up to 16 to 34/255.
+    tol: relative residual at which a solve ends (or where rounding of the result causes as much, up to 1e-3); the
+        default keeps the largest error of a photo below 0.1/255.
+    device: where a numpy array or a CPU tensor is smoothed: "cpu", "cuda" or "cuda:N". A CUDA tensor is smoothed where
+        it is, on the current stream, a thread block a picture: for batches. There only solver="mic", mode="exact".
     threads: 0 for one per CPU that this process may use; 1 in worker processes of a data loader. Results do not depend
         on it.
     out: an array of the same shape and dtype to write to.
 
-    Returns the result in the picture's shape and dtype, and with `return_info` also a `SmoothInfo`. Releases the GIL;
-    safe in threads and in forked worker processes. Raises TypeError (dtype), ValueError (shape or a parameter's value,
-    NaN or infinity in the picture), RuntimeError (a solve did not converge: weights out of range).
+    Returns the result in the picture's kind, shape and dtype, and with `return_info` also a `SmoothInfo`. Releases the
+    GIL; safe in threads and in forked worker processes. Raises TypeError (dtype), ValueError (shape or a parameter's
+    value, NaN or infinity in the picture), RuntimeError (a solve did not converge: weights out of range; no GPU).
     """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(image, torch.Tensor):
+        if out is not None and not (
+            isinstance(out, torch.Tensor)
+            and (out.shape, out.dtype, out.device) == (image.shape, image.dtype, image.device)
+        ):
+            raise ValueError(f"out must be a tensor like image: {tuple(image.shape)}, {image.dtype}, {image.device}")
+        if image.is_cuda or device != "cpu":
+            where = image.device if image.is_cuda else device
+            result, info = _smooth_cuda(image, lam, sigma, sharpness, iterations, solver, mode, tol, where)
+            if out is not None or not image.is_cuda:
+                result = (torch.empty_like(image) if out is None else out).copy_(result)
+            return (result, info) if return_info else result
+        result, info = rtv_smooth(
+            image.detach().numpy(), lam, sigma, sharpness, iterations, solver=solver, mode=mode, tol=tol,
+            threads=threads, out=None if out is None else out.numpy(), return_info=True,
+        )  # fmt: skip
+        result = torch.from_numpy(result) if out is None else out
+        return (result, info) if return_info else result
+
     array = np.asarray(image)
     _check(array, out, lam, sigma, sharpness, iterations, solver, mode, tol, device, threads)
     if out is None:
         out = np.empty(array.shape, array.dtype)
+    if device != "cpu":
+        reason = cuda_unavailable()
+        if reason:
+            raise RuntimeError(f"device={device!r}: {reason}")
+        import torch as torch_
+
+        tensor, info = _smooth_cuda(
+            torch_.from_numpy(np.ascontiguousarray(array)), lam, sigma, sharpness, iterations, solver, mode, tol, device
+        )
+        out[...] = tensor.cpu().numpy()
+        return (out, info) if return_info else out
     reports = _rtv.smooth(
         _as_batch(array),
         _as_batch(out),
@@ -94,7 +133,76 @@ def rtv_smooth(
 
 def cuda_unavailable() -> str | None:
     """Why pictures cannot be smoothed on a GPU here; None when they can."""
-    return "this build of dtpm_fast has no CUDA smoother"
+    try:
+        from dtpm_fast import _rtv_cuda  # noqa: F401
+    except ImportError:
+        return "this build of dtpm_fast has no CUDA smoother; install it where nvcc is on the PATH"
+    import torch
+
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def _smooth_cuda(
+    image: "torch.Tensor",
+    lam: float,
+    sigma: float,
+    sharpness: float,
+    iterations: int,
+    solver: str,
+    mode: str,
+    tol: float,
+    device: "torch.device | str",
+) -> "tuple[torch.Tensor, SmoothInfo]":
+    """On `device`; the result stays there."""
+    import torch
+
+    reason = cuda_unavailable()
+    if reason:
+        raise RuntimeError(f"rtv_smooth on {device}: {reason}")
+    from dtpm_fast import _rtv_cuda
+
+    tops = {torch.uint8: 255, torch.uint16: 65535, torch.float32: 1, torch.float64: 1}
+    if image.dtype not in tops:
+        raise TypeError(f"image has dtype {image.dtype}; use uint8, uint16, float32 or float64")
+    _check_shape(tuple(image.shape))
+    _check_parameters(lam, sigma, sharpness, iterations, solver, mode, tol, 0)
+    if solver != "mic" or mode != "exact":
+        raise ValueError(f"solver={solver!r}, mode={mode!r}: on CUDA only solver='mic' with mode='exact'; use the CPU")
+    if sigma > CUDA_LARGEST_SIGMA:
+        raise ValueError(f"sigma={sigma!r}; on CUDA it must be <= {CUDA_LARGEST_SIGMA:g}")
+    image = image.detach().to(device)
+    batch = image[None, :, :, None] if image.ndim == 2 else image[None] if image.ndim == 3 else image
+    count, height, width, channels = batch.shape
+    if channels * height * width >= 2**29:
+        raise ValueError(f"image has shape {tuple(image.shape)}: too large for CUDA; use device='cpu'")
+    real = torch.float64 if image.dtype == torch.float64 else torch.float32
+    planes = torch.empty((count, channels, height, width), dtype=real, device=batch.device)
+    planes.copy_(batch.permute(0, 3, 1, 2))
+    planes /= tops[image.dtype]
+    if image.is_floating_point():
+        _check_range(float(planes.amin()), float(planes.amax()))
+    each = _rtv_cuda.workspace(height, width, channels)
+    with torch.cuda.device(batch.device):
+        room = min(CUDA_WORKSPACE_BYTES, torch.cuda.mem_get_info()[0] // 2) // (each * real.itemsize)
+        part = max(1, min(count, room))
+        workspace = torch.empty(part * each, dtype=real, device=batch.device)
+        reports = torch.empty((count, iterations, 2), dtype=torch.int32, device=batch.device)
+        for first in range(0, count, part):
+            _rtv_cuda.smooth(
+                planes[first].data_ptr(), workspace.data_ptr(), reports[first].data_ptr(), real == torch.float64,
+                min(part, count - first), channels, height, width, lam, sigma, sharpness, iterations, tol,
+                torch.cuda.current_stream().cuda_stream,
+            )  # fmt: skip
+    table = reports.cpu()  # waits for the result
+    info = SmoothInfo(table[..., 0].numpy(), table[..., 1].contiguous().view(torch.float32).numpy())
+    if (info.iterations < 0).any():
+        raise RuntimeError(
+            "rtv_smooth: a solve did not converge: the weights are out of range; lower lam, raise sharpness, "
+            "or use float64"
+        )
+    if not image.is_floating_point():
+        planes = planes.mul_(tops[image.dtype]).round_().clamp_(0, tops[image.dtype])
+    return planes.permute(0, 2, 3, 1).to(image.dtype).reshape(image.shape), info
 
 
 def _check(
@@ -112,18 +220,46 @@ def _check(
 ) -> None:
     if array.dtype not in DTYPES:
         raise TypeError(f"image has dtype {array.dtype}; use uint8, uint16, float32 or float64")
-    if array.ndim not in (2, 3, 4):
-        raise ValueError(f"image has shape {array.shape}; use HW, HWC or NHWC")
-    if array.ndim > 2 and array.shape[-1] not in (1, 3):
-        raise ValueError(f"image has shape {array.shape}: {array.shape[-1]} channels in the last axis; use 1 or 3")
-    if 0 in array.shape:
-        raise ValueError(f"image has shape {array.shape}: it is empty")
+    _check_shape(array.shape)
+    _check_parameters(lam, sigma, sharpness, iterations, solver, mode, tol, threads)
     if array.dtype.kind == "f":
-        low, high = float(array.min()), float(array.max())  # NaN wins both
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError("image contains NaN or infinity")
-        if low < LOWEST or high > HIGHEST:
-            raise ValueError(f"image has values from {low:g} to {high:g}; scale it to [0, 1]")
+        _check_range(float(array.min()), float(array.max()))
+    if solver == "direct":
+        height, width = array.shape if array.ndim == 2 else array.shape[-3:-1]
+        needed = 8 * height * width * (min(height, width) + 1)
+        if needed > DIRECT_BYTES:
+            raise ValueError(
+                f"solver='direct' is for checking small pictures: {height}x{width} needs {needed / 2**30:.1f} GiB; "
+                "use solver='mic'"
+            )
+    if not (isinstance(device, str) and (device == "cpu" or device.split(":")[0] == "cuda")):
+        raise ValueError(f"device={device!r}; use 'cpu', 'cuda' or 'cuda:N'")
+    if out is not None and not (isinstance(out, np.ndarray) and out.shape == array.shape and out.dtype == array.dtype):
+        raise ValueError(f"out must be a numpy array of shape {array.shape} and dtype {array.dtype}")
+    if out is not None and not out.flags.writeable:
+        raise ValueError("out is read-only")
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    if len(shape) not in (2, 3, 4):
+        raise ValueError(f"image has shape {shape}; use HW, HWC or NHWC")
+    if len(shape) > 2 and shape[-1] not in (1, 3):
+        raise ValueError(f"image has shape {shape}: {shape[-1]} channels in the last axis; use 1 or 3")
+    if 0 in shape:
+        raise ValueError(f"image has shape {shape}: it is empty")
+
+
+def _check_range(low: float, high: float) -> None:
+    """NaN anywhere makes both NaN."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("image contains NaN or infinity")
+    if low < LOWEST or high > HIGHEST:
+        raise ValueError(f"image has values from {low:g} to {high:g}; scale it to [0, 1]")
+
+
+def _check_parameters(
+    lam: float, sigma: float, sharpness: float, iterations: int, solver: str, mode: str, tol: float, threads: int
+) -> None:
     for name, value, valid, wanted in (
         ("lam", lam, lam >= 0, ">= 0"),
         ("sigma", sigma, sigma > 0, "> 0"),
@@ -138,20 +274,6 @@ def _check(
         raise ValueError(f"solver={solver!r}; use one of {', '.join(SOLVERS)}")
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}; use one of {', '.join(MODES)}")
-    if solver == "direct":
-        height, width = array.shape if array.ndim == 2 else array.shape[-3:-1]
-        needed = 8 * height * width * (min(height, width) + 1)
-        if needed > DIRECT_BYTES:
-            raise ValueError(
-                f"solver='direct' is for checking small pictures: {height}x{width} needs {needed / 2**30:.1f} GiB; "
-                "use solver='mic'"
-            )
-    if device != "cpu":
-        raise ValueError(f"device={device!r}; numpy arrays are smoothed on 'cpu'")
-    if out is not None and not (isinstance(out, np.ndarray) and out.shape == array.shape and out.dtype == array.dtype):
-        raise ValueError(f"out must be a numpy array of shape {array.shape} and dtype {array.dtype}")
-    if out is not None and not out.flags.writeable:
-        raise ValueError("out is read-only")
 
 
 def _as_batch(array: np.ndarray) -> np.ndarray:

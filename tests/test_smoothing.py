@@ -120,7 +120,7 @@ def test_transposition_and_channel_order_commute(image: np.ndarray) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("mode", ["exact", "matlab_pcg"])
 def test_instruction_sets_agree(dtype: type, mode: str) -> None:
-    image = np.random.default_rng(5).random((61, 83, 3)).astype(dtype)
+    image: np.ndarray = np.random.default_rng(5).random((61, 83, 3)).astype(dtype)
     portable = kernel(image, "portable", mode=mode)
     for isa in _rtv.instruction_sets():
         np.testing.assert_allclose(kernel(image, isa, mode=mode), portable, rtol=0, atol=1e-5)
@@ -159,7 +159,7 @@ def test_layouts_and_dtypes(layout: str, dtype: type) -> None:
     shape = {"HW": (19, 26), "HWC": (19, 26, 3), "NHWC": (5, 19, 26, 3)}[layout]
     values = np.random.default_rng(8).random(shape)
     top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1
-    image = (np.rint(values * top) if top > 1 else values).astype(dtype)
+    image: np.ndarray = (np.rint(values * top) if top > 1 else values).astype(dtype)
     smooth, info = rtv_smooth(image, return_info=True, threads=2)
     assert smooth.shape == shape
     assert smooth.dtype == dtype

@@ -24,10 +24,10 @@ EXAMPLE = """examples:
   dtpm-smooth photos/ -o smooth/
   dtpm-smooth photos/ -o crops/ --crop 256 --stride 128
   dtpm-smooth photos/ -o /shared/crops/ --crop 256 --cluster auto
-A photo becomes DIR/NAME.png; folders are searched to the bottom and keep their shape. With --crop, every crop is smoothed
-by itself, DIR/clean/NAME_yY_xX.png and DIR/smooth/NAME_yY_xX.png: train on the first with the second as its smoothed
-pictures. A rerun does only what is missing. A photo that cannot be smoothed is named at the end and the exit code is 1;
-the others are done. One run at a time in a DIR."""
+A photo becomes DIR/NAME.png; folders are searched to the bottom and keep their shape. With --crop, every crop is
+smoothed by itself: DIR/clean/NAME_yY_xX.png and DIR/smooth/NAME_yY_xX.png, the first to train on, the second its
+smoothed pictures. A rerun does only what is missing. A photo that cannot be smoothed is named at the end and the exit
+code is 1; the others are done. One run at a time in a DIR."""
 
 SETTINGS_FILE = "dtpm-smooth.json"
 
@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cluster",
         metavar="ADDRESS",
-        help="share the job among the machines of a Ray cluster that all see INPUT and DIR: its address, 'auto' for the "
-        "one that this machine belongs to, 'local' to start one here",
+        help="share the job among the machines of a Ray cluster that all see INPUT and DIR: its address, 'auto' for "
+        "the one that this machine belongs to, 'local' to start one here",
     )
     options = parser.parse_args(arguments)
     if options.stride and not options.crop:
@@ -143,7 +143,7 @@ def _here(jobs: list[Job], workers: int) -> Iterator[tuple[int, str | None]]:
 
 
 def _on_cluster(jobs: list[Job], address: str) -> Iterator[tuple[int, str | None]]:
-    """The same through Ray Data: it spreads the jobs, starts again those of a lost machine, and streams the outcomes."""
+    """The same through Ray Data: it spreads the jobs and starts those of a lost machine again."""
     try:
         import ray
         import ray.data

@@ -22,16 +22,24 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Narrower than a warp, one band exactly, several bands, one band with the pitch of the width, and a single pixel.
-@pytest.mark.parametrize("shape", [(1, 1, 3), (5, 9, 1), (32, 32, 3), (71, 33, 3), (40, 67, 1), (3, 80, 3), (66, 20, 3)])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 1, 3), np.float32),
+        ((5, 9, 1), np.float64),
+        ((32, 32, 3), np.float32),
+        ((71, 33, 1), np.float32),
+        ((3, 40, 3), np.float64),
+        ((40, 20, 3), np.float32),
+    ],
+)
 def test_agrees_with_the_cpu_smoother(program: Path, shape: tuple[int, int, int], dtype: type) -> None:
-    image = np.random.default_rng(sum(shape)).random(shape).astype(dtype)
+    image: np.ndarray = np.random.default_rng(sum(shape)).random(shape).astype(dtype)
     tol = 3e-5 if dtype is np.float32 else 1e-9
-    settings = [0.02, 2.5, 0.03, 3]
-    expected, info = rtv_smooth(image, *settings, tol=tol, return_info=True)
+    expected, info = rtv_smooth(image, 0.005, 2.5, 0.03, 2, tol=tol, return_info=True)
     height, width, channels = shape
     code = "f" if dtype is np.float32 else "d"
-    arguments = [str(a) for a in (height, width, channels, code, *settings, tol)]
+    arguments = [str(a) for a in (height, width, channels, code, 0.005, 2.5, 0.03, 2, tol)]
     planes = np.ascontiguousarray(image.transpose(2, 0, 1))
     done = subprocess.run([program, *arguments], input=planes.tobytes(), capture_output=True, check=True, timeout=100)
     result = np.frombuffer(done.stdout, dtype, planes.size).reshape(planes.shape).transpose(1, 2, 0)

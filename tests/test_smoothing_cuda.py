@@ -1,0 +1,87 @@
+"""The smoother on a GPU: torch tensors in and out, held to the CPU's results."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from dtpm_fast import rtv_smooth
+from dtpm_fast.smoothing import cuda_unavailable
+
+MISSING = cuda_unavailable()
+
+
+def needs_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.gpu(pytest.mark.skipif(MISSING is not None, reason=str(MISSING))(test))
+
+@pytest.mark.parametrize("shape", [(64, 80), (31, 17, 3), (130, 96, 96, 3), (2, 513, 300, 3), (1, 1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32, torch.float64])
+@needs_gpu
+def test_agrees_with_the_cpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    values = np.random.default_rng(len(shape)).random(shape)
+    top = {torch.uint8: 255, torch.uint16: 65535}.get(dtype, 1)
+    image = torch.from_numpy(np.rint(values * top) if top > 1 else values).to(dtype)
+    smooth, info = rtv_smooth(image.cuda(), return_info=True)
+    assert smooth.is_cuda
+    assert (smooth.shape, smooth.dtype) == (image.shape, dtype)
+    difference = smooth.cpu().double() - rtv_smooth(image).double()
+    assert float(difference.abs().max()) / top <= 0.05 / 255 + (1 / top if top > 1 else 0)
+    assert (info.iterations > 0).all()
+    assert (info.residuals <= 3e-5).all()
+
+
+@needs_gpu
+def test_on_another_stream_strided_and_into_out() -> None:
+    image = torch.rand(3, 3, 70, 90, device="cuda").permute(0, 2, 3, 1)
+    expected = rtv_smooth(image.contiguous())
+    out = torch.zeros_like(expected)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert rtv_smooth(image, out=out) is out
+    stream.synchronize()
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@needs_gpu
+def test_numpy_and_cpu_tensors_come_back() -> None:
+    image = np.random.default_rng(3).random((40, 50, 3)).astype(np.float32)
+    smooth = rtv_smooth(image, device="cuda")
+    assert isinstance(smooth, np.ndarray)
+    np.testing.assert_allclose(smooth, rtv_smooth(image), rtol=0, atol=0.05 / 255)
+    tensor = rtv_smooth(torch.from_numpy(image), device="cuda")
+    assert not tensor.is_cuda
+    np.testing.assert_array_equal(tensor.numpy(), smooth)
+
+
+@needs_gpu
+def test_bad_input_on_the_gpu() -> None:
+    image = torch.rand(8, 9, 3, device="cuda")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        rtv_smooth(torch.full_like(image, float("nan")))
+    with pytest.raises(ValueError, match="only solver='mic'"):
+        rtv_smooth(image, mode="matlab_pcg")
+    with pytest.raises(ValueError, match="sigma=30"):
+        rtv_smooth(image, sigma=30.0)
+    with pytest.raises(TypeError, match="float16"):
+        rtv_smooth(image.half())
+
+
+def test_cpu_tensors_stay_tensors() -> None:
+    image = torch.rand(2, 20, 30, 3)
+    smooth, info = rtv_smooth(image, return_info=True)
+    np.testing.assert_array_equal(smooth.numpy(), rtv_smooth(image.numpy()))
+    assert info.iterations.shape == (2, 4)
+    out = torch.zeros_like(image)
+    assert rtv_smooth(image, out=out) is out
+    torch.testing.assert_close(out, smooth, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_asking_for_one_is_an_error() -> None:
+    image = np.zeros((8, 9, 3), np.float32)
+    with pytest.raises(RuntimeError, match=r"device='cuda': .*CUDA"):
+        rtv_smooth(image, device="cuda")
+    with pytest.raises(RuntimeError, match=r"on cuda:0: .*CUDA"):
+        rtv_smooth(torch.from_numpy(image), device="cuda:0")
