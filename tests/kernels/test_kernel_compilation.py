@@ -1,5 +1,7 @@
 """Every kernel of the dispatch table compiles for sm_80 and sm_90, without a GPU, and spills no register."""
 
+import dataclasses
+
 import pytest
 
 from dtpm_fast.kernels.device import INTERPRETED
@@ -20,3 +22,11 @@ def test_no_kernel_spills(channels: int) -> None:
             assert got.spilled_bytes == 0, (case, capability, got)
             # A block gets at most 163 KiB on sm_80 and 227 KiB on sm_90.
             assert got.shared_bytes <= 163 * 1024, (case, capability, got)
+
+
+def test_one_pixel_is_a_map_too() -> None:
+    """Triton makes a constant of every integer argument that is 1, which must not break a kernel's arithmetic."""
+    for case in cases():
+        if case.channels == 16 and case.constants.get("CHANNELS_LAST", True):
+            ones = dict.fromkeys(("pixels", "height", "width"), 1)
+            compile_case(dataclasses.replace(case, constants=case.constants | ones), CAPABILITIES[-1])
