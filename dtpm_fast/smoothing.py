@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 try:
-    from dtpm_fast import _rtv
+    import dtpm_fast._rtv as _rtv
 except ImportError as error:
     raise ImportError(
         "dtpm_fast._rtv, the compiled smoother, is missing: install the package (pip install -e . in the repository's "
