@@ -17,7 +17,7 @@ LONG_SIDE = 1600  # of an embedded picture; crops are cut from the full one
 CROP = 96  # pixels a side, at most
 CROPS = 2
 NAMES = {"psnr_y": "PSNR Y", "ssim_y": "SSIM Y", "psnr_rgb": "PSNR RGB", "ssim_rgb": "SSIM RGB", "mae": "MAE"}
-DIGITS = {"psnr_y": 2, "psnr_rgb": 2, "fid": 2}
+DIGITS = {"psnr_y": 2, "psnr_rgb": 2, "fid": 2, "niqe": 2}
 
 
 @dataclass(frozen=True)

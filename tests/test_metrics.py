@@ -9,20 +9,27 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.ndimage
 import scipy.signal
+import scipy.special
 import skimage.metrics
 import torch
 import torchmetrics
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 
 from dtpm_fast.errors import UserError
+from dtpm_fast.metrics import niqe as niqe_module
 from dtpm_fast.metrics import perceptual
+from dtpm_fast.metrics.__main__ import main as metrics_main
 from dtpm_fast.metrics.backbones import Backbone, BackboneMissing
 from dtpm_fast.metrics.curve import write_curve
 from dtpm_fast.metrics.distortion import PSNR_MAX, luma, psnr
+from dtpm_fast.metrics.niqe import Niqe
 from dtpm_fast.metrics.perceptual import Lpips, PatchFid, cut_patches
 from dtpm_fast.metrics.protocols import PROTOCOLS, default_protocol, weatherdiff_size
+from dtpm_fast.metrics.texture import remove_texture
 
 CPU = torch.device("cpu")
 
@@ -354,8 +361,8 @@ def test_published_files_are_the_ones_whose_hash_is_in_their_name() -> None:
 
 
 def test_the_curve_draws_every_point_where_its_axes_say(tmp_path: Path) -> None:
-    figures = {4: {"psnr_y": 30.99, "lpips": 0.0635}, 50: {"psnr_y": 30.48, "lpips": 0.0540}}
-    figures[10] = {"psnr_y": 30.92, "lpips": 0.0617}
+    figures = {4.0: {"psnr_y": 30.99, "lpips": 0.0635}, 50.0: {"psnr_y": 30.48, "lpips": 0.0540}}
+    figures[10.0] = {"psnr_y": 30.92, "lpips": 0.0617}
     path = tmp_path / "curve.svg"
     write_curve(path, figures, "psnr_y", "lpips", "a < b")
     root = ElementTree.parse(path).getroot()
@@ -381,3 +388,110 @@ def test_any_values_can_be_drawn(values: tuple[float, float], tmp_path: Path) ->
     with pytest.raises(ValueError, match="at least two"):
         write_curve(tmp_path / "d.svg", {1: {"a": values[0]}}, "a", "a")
     assert [path.name for path in tmp_path.iterdir()] == ["c.svg"]
+
+
+# -------------------------------------------------------------------------------------------------------------- NIQE
+
+
+def halved_by_hand(y: np.ndarray) -> np.ndarray:
+    """Bicubic (a = -0.5) stretched by two, over a mirrored border, as a matrix for each axis."""
+
+    def matrix(size: int) -> np.ndarray:
+        rows = np.zeros((size // 2, size))
+        for i in range(size // 2):
+            for j in range(2 * i - 6, 2 * i + 9):
+                d = abs(j - (2 * i + 0.5)) / 2
+                weight = 1.5 * d**3 - 2.5 * d**2 + 1 if d <= 1 else -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2 if d < 2 else 0
+                mirrored = -1 - j if j < 0 else 2 * size - 1 - j if j >= size else j
+                rows[i, mirrored] += weight / 2
+        return rows
+
+    return matrix(y.shape[0]) @ y @ matrix(y.shape[1]).T
+
+
+def niqe_features_by_hand(y: np.ndarray, size: int) -> np.ndarray:
+    mu = scipy.ndimage.gaussian_filter(y, 7 / 6, radius=3, mode="nearest")
+    sigma = np.sqrt(np.abs(scipy.ndimage.gaussian_filter(y * y, 7 / 6, radius=3, mode="nearest") - mu * mu))
+    coefficients = (y - mu) / (sigma + 1)
+    found = []
+    for top in range(0, y.shape[0], size):
+        for left in range(0, y.shape[1], size):
+            block = coefficients[top : top + size, left : left + size]
+            alpha, low, high = fit_by_hand(block)
+            features = [alpha, (low + high) / 2]
+            for shift in ((0, 1), (1, 0), (1, 1), (1, -1)):
+                alpha, low, high = fit_by_hand(block * np.roll(block, shift, axis=(0, 1)))
+                gamma = scipy.special.gamma
+                features += [alpha, (high - low) * gamma(2 / alpha) / gamma(1 / alpha), low, high]
+            found.append(features)
+    return np.array(found)
+
+
+def fit_by_hand(x: np.ndarray) -> tuple[float, float, float]:
+    low, high = np.sqrt(np.mean(x[x < 0] ** 2)), np.sqrt(np.mean(x[x > 0] ** 2))
+    ratio, gamma = low / high, scipy.special.gamma
+    wanted = np.mean(np.abs(x)) ** 2 / np.mean(x**2) * (ratio**3 + 1) * (ratio + 1) / (ratio**2 + 1) ** 2
+    shapes = 0.2 + 0.001 * np.arange(9801)
+    alpha = shapes[np.argmin(np.abs(gamma(2 / shapes) ** 2 / gamma(1 / shapes) / gamma(3 / shapes) - wanted))]
+    scale = np.sqrt(gamma(1 / alpha) / gamma(3 / alpha))
+    return float(alpha), float(low * scale), float(high * scale)
+
+
+def niqe_model(folder: Path) -> tuple[Path, np.ndarray, np.ndarray]:
+    """A file as NIQE's authors' model is distributed, of other content."""
+    rng = np.random.default_rng()
+    mean, root = rng.uniform(0.2, 2, 36), rng.normal(0, 0.3, (36, 50))
+    covariance = root @ root.T / 50 + 0.01 * np.eye(36)
+    file = folder / "niqe.npz"
+    np.savez(file, mu_pris_param=mean[None], cov_pris_param=covariance, gaussian_window=np.ones((7, 7)))
+    return file, mean, covariance
+
+
+def test_niqe_equals_an_independent_implementation(tmp_path: Path) -> None:
+    file, mean, covariance = niqe_model(tmp_path)
+    image = np.rint(photo(200, 300)[0] * 255)
+    y = np.rint(y_by_hand(image / 255))[:192, :288]
+    features = np.concatenate([niqe_features_by_hand(y, 96), niqe_features_by_hand(halved_by_hand(y), 48)], axis=1)
+    difference = mean - features.mean(axis=0)
+    pooled = np.linalg.pinv((covariance + np.cov(features, rowvar=False)) / 2)
+    expected = np.sqrt(difference @ pooled @ difference)
+    assert Niqe(file, backbone_of(file))(tensor(image / 255)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_niqe_refuses_small_and_flat_pictures_and_other_files(tmp_path: Path) -> None:
+    file, _, _ = niqe_model(tmp_path)
+    niqe = Niqe(file, backbone_of(file))
+    with pytest.raises(UserError, match="two blocks of 96x96 pixels, got 191x100"):
+        niqe(torch.rand(1, 3, 100, 191))
+    with pytest.raises(UserError, match="this picture is flat"):
+        niqe(torch.full((1, 3, 96, 192), 0.5))
+    other = tmp_path / "other.npz"
+    np.savez(other, something=np.zeros(3))
+    with pytest.raises(UserError, match="does not hold NIQE's model"):
+        Niqe(other, backbone_of(other))
+    with pytest.raises(UserError, match="is another file"):
+        Niqe(file)
+
+
+def test_removing_texture_ends_at_the_photo() -> None:
+    picture = np.rint(photo(40, 50)[0] * 255).astype(np.uint8)
+    found = remove_texture(picture, (0.0, 0.5, 1.0))
+    assert np.array_equal(found[1.0], picture)
+    change = [float(np.abs(found[alpha].astype(float) - picture).mean()) for alpha in (0.0, 0.5)]
+    assert 0.4 * change[0] < change[1] < 0.6 * change[0]
+
+
+def test_the_texture_command_writes_curve_and_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, _, _ = niqe_model(tmp_path)
+    monkeypatch.setattr(niqe_module.Niqe.__init__, "__defaults__", (None, backbone_of(file)))
+    picture = tmp_path / "photo.png"
+    Image.fromarray(np.rint(photo(100, 200)[0] * 255).astype(np.uint8)).save(picture)
+    arguments = ["texture", str(picture), "-o", str(tmp_path / "t.svg"), "--report", str(tmp_path / "t.html")]
+    assert metrics_main([*arguments, "--niqe", str(file)]) == 0
+    assert "| 1.0 |" in capsys.readouterr().out
+    assert "NIQE" in (tmp_path / "t.svg").read_text(encoding="utf-8")
+    assert "photo.png" in (tmp_path / "t.html").read_text(encoding="utf-8")
+    assert metrics_main([*arguments[:1], str(tmp_path / "none.png"), *arguments[2:], "--niqe", str(file)]) == 1
+    assert "none.png: no such file" in capsys.readouterr().err

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # they import torch: not for --help or a mistyped path
     import torch
 
     from dtpm_fast.metrics.evaluation import Method, Row, Scored
+    from dtpm_fast.metrics.niqe import Niqe
     from dtpm_fast.metrics.perceptual import Lpips, PatchFid
     from dtpm_fast.runtime.restorer import Restorer
 
@@ -74,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="auto|off|FILE",
         help="auto: for deblur only; FILE: torch-fidelity's InceptionV3",
     )
+    parser.add_argument(
+        "--niqe", default="off", metavar="auto|off|FILE", help="FILE: niqe_pris_params.npz (default: off)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--backend", default="auto", help="as dtpm-restore (default: auto)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for every picture (default: 0)")
@@ -106,14 +110,16 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
     protocol = PROTOCOLS[options.protocol or default_protocol(options.task)]
     weights = find_weights(options.weights, options.task)
     methods, device, restorers = _methods(options)
-    lpips, fid, left_out = _perceptual(options, [INPUT, *methods], device)
+    lpips, fid, niqe, left_out = _perceptual(options, [INPUT, *methods], device)
     for line in [*restorers, *left_out]:
         print(line, file=sys.stderr)
 
     shown = _evenly(len(pairs), options.report_images) if options.report else set()
     rows: list[Row] = []
     kept: list[Scored] = []
-    for scored in tqdm(score(pairs, methods, protocol, lpips, fid), total=len(pairs), unit="picture", disable=None):
+    for scored in tqdm(
+        score(pairs, methods, protocol, lpips, fid, niqe), total=len(pairs), unit="picture", disable=None
+    ):
         if len(rows) in shown:
             kept.append(scored)
         rows.append(scored.row)
@@ -205,9 +211,10 @@ def _predictor(restorer: "Restorer") -> "Method":
 
 def _perceptual(
     options: argparse.Namespace, methods: list[str], device: "torch.device"
-) -> tuple["Lpips | None", "PatchFid | None", list[str]]:
-    """LPIPS and patch FID, and a line for each that was wanted and is left out."""
+) -> tuple["Lpips | None", "PatchFid | None", "Niqe | None", list[str]]:
+    """The metrics that need a file, and a line for each that was wanted and is left out."""
     from dtpm_fast.metrics.backbones import BackboneMissing
+    from dtpm_fast.metrics.niqe import Niqe
     from dtpm_fast.metrics.perceptual import Lpips, PatchFid
 
     left_out: list[str] = []
@@ -223,7 +230,8 @@ def _perceptual(
 
     lpips = build(options.lpips, True, lambda file: Lpips(device, file))
     fid = build(options.fid, options.task == "deblur", lambda file: PatchFid(methods, device, file))
-    return lpips, fid, left_out
+    niqe = build(options.niqe, True, Niqe)
+    return lpips, fid, niqe, left_out
 
 
 def _write_csv(path: Path, rows: Sequence["Row"]) -> None:
@@ -241,7 +249,7 @@ def _write_curve(options: argparse.Namespace, means: dict[str, dict[str, float]]
     """PSNR and LPIPS over the steps; SSIM where LPIPS was left out."""
     from dtpm_fast.metrics.curve import write_curve
 
-    figures = {steps: means[_steps_name(steps)] for steps in options.steps}
+    figures = {float(steps): means[_steps_name(steps)] for steps in options.steps}
     distortion, ssim = headline
     perception = "lpips" if all("lpips" in found for found in figures.values()) else ssim
     write_curve(options.curve, figures, distortion, perception, f"{options.task} on {options.data.name}")

@@ -1,4 +1,4 @@
-"""Figure 8 of the paper: distortion and perception against the number of steps, drawn as an SVG file."""
+"""Figure 8 of the paper: distortion and perception over the number of steps, drawn as an SVG file."""
 
 import html
 import math
@@ -9,27 +9,33 @@ from dtpm_fast.atomic import atomic_path
 
 WIDTH, HEIGHT = 720, 440
 LEFT, RIGHT, TOP, BOTTOM = 80, 640, 60, 370  # the frame
-DISTORTION, PERCEPTION = "#0b6e99", "#b3441e"
+BLUE, RED = "#0b6e99", "#b3441e"
 NAMES = {
     "psnr_y": "PSNR Y, dB ↑",
     "psnr_rgb": "PSNR RGB, dB ↑",
     "lpips": "LPIPS ↓",
     "ssim_y": "SSIM Y ↑",
     "ssim_rgb": "SSIM RGB ↑",
+    "niqe": "NIQE ↓",
 }
 
 
 def write_curve(
-    path: Path | str, figures: Mapping[int, Mapping[str, float]], distortion: str, perception: str, title: str = ""
+    path: Path | str,
+    figures: Mapping[float, Mapping[str, float]],
+    left: str,
+    right: str,
+    title: str = "",
+    over: str = "sampling steps S",
 ) -> None:
-    """Draw the figure `distortion` (left axis) and `perception` (right axis) over the steps S.
+    """Draw the figures `left` and `right`, each with its own axis, over the steps S (or what `over` says).
 
     figures: mean figures by S, at least two of them, each with both names. Raises `ValueError` for fewer, `UserError`
     when the file cannot be written.
     """
     steps = sorted(figures)
     if len(steps) < 2:
-        raise ValueError("a curve needs at least two numbers of steps")
+        raise ValueError("a curve needs at least two points")
     x = _axis(0, max(steps) * 1.04, LEFT, RIGHT)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
@@ -40,10 +46,10 @@ def write_curve(
         f'<path d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}V{TOP}" fill="none" stroke="#888"/>',
     ]
     for step in steps:
-        parts.append(_text(x(step), BOTTOM + 20, str(step), "middle"))
+        parts.append(_text(x(step), BOTTOM + 20, f"{step:g}", "middle"))
         parts.append(f'<path d="M{x(step):.1f} {BOTTOM}v5" stroke="#888"/>')
-    parts.append(_text((LEFT + RIGHT) / 2, BOTTOM + 46, "sampling steps S", "middle"))
-    for name, colour, side in ((distortion, DISTORTION, LEFT), (perception, PERCEPTION, RIGHT)):
+    parts.append(_text((LEFT + RIGHT) / 2, BOTTOM + 46, over, "middle"))
+    for name, colour, side in ((left, BLUE, LEFT), (right, RED, RIGHT)):
         values = [figures[step][name] for step in steps]
         ticks = _ticks(min(values), max(values))
         y = _axis(ticks[0], ticks[-1], BOTTOM, TOP)
@@ -57,7 +63,7 @@ def write_curve(
         parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
         for point, step, value in zip(points, steps, values, strict=True):
             cx, cy = point.split(",")
-            about = html.escape(f"S = {step}: {NAMES.get(name, name)} {value:.4f}")
+            about = html.escape(f"{step:g}: {NAMES.get(name, name)} {value:.4f}")
             parts.append(f'<circle cx="{cx}" cy="{cy}" r="4" fill="{colour}"><title>{about}</title></circle>')
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")

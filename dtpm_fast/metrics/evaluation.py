@@ -12,6 +12,7 @@ from torch import Tensor
 from dtpm_fast.data.pictures import different_sizes
 from dtpm_fast.errors import UserError
 from dtpm_fast.images import read_image
+from dtpm_fast.metrics.niqe import Niqe
 from dtpm_fast.metrics.perceptual import Lpips, PatchFid
 from dtpm_fast.metrics.protocols import Protocol
 
@@ -44,6 +45,7 @@ def score(
     protocol: Protocol,
     lpips: Lpips | None = None,
     fid: PatchFid | None = None,
+    niqe: Niqe | None = None,
 ) -> Iterator[Scored]:
     """Score each pair (degraded path, target path) by each method, the degraded picture itself ("input") first.
 
@@ -63,6 +65,8 @@ def score(
                 figures[name] = protocol.compare(image, y_g)
                 if lpips is not None:
                     figures[name]["lpips"] = lpips(protocol.rounded(image), y_g)
+                if niqe is not None:
+                    figures[name]["niqe"] = niqe(image)
         except UserError as error:
             raise UserError(f"{degraded_path}: {error}") from error
         if fid is not None:
