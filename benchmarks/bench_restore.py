@@ -248,7 +248,7 @@ def _measured(options: argparse.Namespace) -> int:
     with _peak(cuda) as peak:
         restorer(photo)
     print(
-        f"{options.size[0]}x{options.size[1]}, tile {options.tile}, {restorer.about.split('; ', 1)[1]}: "
+        f"{options.size[0]}x{options.size[1]}, tile {options.tile}, {'; '.join(restorer.about.split('; ')[-2:])}: "
         f"{(peak[0] - before) / 2**30:.2f} GiB above the model, {time.perf_counter() - start:.1f} s"
     )
     return 0

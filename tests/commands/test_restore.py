@@ -114,6 +114,36 @@ def test_a_wrong_checkpoint_ends_before_any_work(
     assert not out.exists()
 
 
+def test_settings_that_cannot_be_had_are_one_line(
+    photos: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(photos), "-o", str(tmp_path / "out"), "--task", "derain", "--weights", weights, "--device", "cpu"]
+    for more, message in (
+        (["--backend", "graph"], "error: backend graph: CUDA graphs need a CUDA device, and this is a CPU"),
+        (["--backend", "magic"], "error: unknown backend 'magic'; choose one of auto, reference"),
+        (["--precision", "int4"], "error: unknown precision 'int4'"),
+        (["--sampler", "euler"], "error: unknown sampler 'euler'"),
+        (["--steps", "0"], "error: steps = 0"),
+        (["--tile", "3"], "error: tile 3: use auto, none, or a number of pixels from 128 on"),
+    ):
+        assert main([*given, *more]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith(message)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as stop:
+        main([*given, "--tile", "big"])
+    assert stop.value.code == 2
+
+
+def test_every_setting_works_together(photos: Path, weights: str, tmp_path: Path) -> None:
+    given = [str(photos / "colour.jpg"), "-o", str(tmp_path / "a.png"), "--task", "derain", "--weights", weights]
+    settings = ["--device", "cpu", "--backend", "fused", "--precision", "float32", "--sampler", "dpm++2m"]
+    assert main([*given, *settings, "--tile", "128", "--steps", "3"]) == 0
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (34, 21)
+
+
 def test_bad_usage_is_exit_code_2_and_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["a.png"], ["a.png", "-o", "b.png", "--task", "swim"]):
         with pytest.raises(SystemExit) as stop:
