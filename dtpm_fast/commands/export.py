@@ -1,0 +1,73 @@
+"""`dtpm-export`: weights in, a folder out that runs without this package."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dtpm_fast.commands.run import run
+from dtpm_fast.tasks import TASKS
+
+EXAMPLE = """examples:
+  dtpm-export --task derain --steps 4 -o derain-onnx
+  dtpm-export --task deblur --weights runs/deblur/weights.safetensors --precision fp16 --verify -o deblur-fp16
+The folder appears only when it is complete and its result has been compared with the model's on random input.
+manifest.json says how to use it; docs/export.md explains."""
+FORMATS = ("onnx",)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 1 on a failure, 2 on bad usage."""
+    parser = argparse.ArgumentParser(
+        prog="dtpm-export",
+        description="Export a restorer for use without this package.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--task", required=True, choices=tuple(TASKS))
+    parser.add_argument("--steps", type=int, default=4, metavar="S", help="steps of the sampler (default: 4)")
+    parser.add_argument("--weights", default="light", help="weights file, or the name of shipped ones (default: light)")
+    parser.add_argument("--format", default="onnx", choices=FORMATS, help="default: onnx")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16"), help="default: fp32")
+    parser.add_argument("--unrolled", action="store_true", help="also restore.onnx, all steps in one graph (S <= 4)")
+    parser.add_argument("--verify", action="store_true", help="compare at six sizes and print the differences")
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="DIR", help="a folder that is not there yet"
+    )
+    options = parser.parse_args(arguments)
+    return run(lambda: _export(options))
+
+
+def _export(options: argparse.Namespace) -> int:
+    from dtpm_fast.export.exporter import export_onnx, verify  # imports torch: not for --help
+    from dtpm_fast.export.restorer import open_stepper
+    from dtpm_fast.runtime.shipped import find_weights
+
+    weights = find_weights(options.weights, options.task)
+    with tqdm(total=4 + options.unrolled, disable=None, bar_format="{desc}: {n_fmt}/{total_fmt} {elapsed}") as bar:
+
+        def report(stage: str) -> None:
+            bar.set_description(stage)
+            bar.update()
+
+        manifest = export_onnx(
+            weights, options.output, steps=options.steps, precision=options.precision,
+            unrolled=options.unrolled, report=report,
+        )  # fmt: skip
+    one = manifest.compared[0]
+    print(
+        f"{options.output}: {manifest.kind}, {manifest.task}, {options.steps} steps, {manifest.precision}; "
+        f"against the model in float32: max difference {one['max_abs']:.2e}, PSNR {one['psnr_db']:.1f} dB"
+    )
+    if options.verify:
+        stepper, _, why = open_stepper(options.output, manifest, "cpu")
+        print(f"{why} against PyTorch in float32, {options.steps} steps:")
+        for found in verify(options.output, manifest, weights, stepper):
+            print(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""From weights to a folder: graphs, comparison, manifest, and only then the folder's name."""
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from dtpm_fast.errors import UserError
+from dtpm_fast.export.compare import Difference, check, difference, stepped
+from dtpm_fast.export.folder import whole_folder
+from dtpm_fast.export.graph import PrepareGraph, StepGraph, UnrolledGraph
+from dtpm_fast.export.manifest import (
+    PRECISIONS,
+    GraphSpec,
+    Manifest,
+    sampler_of,
+    sha256,
+    specs,
+    write_manifest,
+)
+from dtpm_fast.export.onnx_graph import write_onnx
+from dtpm_fast.export.ort import OrtStepper, bound_run, open_session
+from dtpm_fast.runtime.plan import Plan
+from dtpm_fast.runtime.reference import Reference
+from dtpm_fast.runtime.sampler import Steps, Stepper, make_steps
+from dtpm_fast.weights_file import Weights, load_model
+
+MOST_UNROLLED = 4  # steps: the file grows with them, not only with the model
+
+
+@dataclass
+class Graphs:
+    """The modules of one export, with an example call each: name, module, inputs, outputs, dynamic sides."""
+
+    plan: Plan
+    multiple: int
+    parts: dict[str, tuple[nn.Module, dict[str, Tensor], dict[str, Tensor], Any]]
+
+
+def export_onnx(
+    weights: Weights,
+    target: Path | str,
+    *,
+    steps: int = 4,
+    precision: str = "fp32",
+    unrolled: bool = False,
+    report: Callable[[str], None] = lambda _: None,
+) -> Manifest:
+    """Write prepare.onnx, step.onnx (restore.onnx with `unrolled`) and the manifest to the folder `target`.
+
+    ONNX Runtime's result is compared with the plain float32 model before the folder gets its name. `report` is told
+    what is being done. Raises `UserError`: weights of stage I, steps outside 1..T, gated adapters, a target that
+    exists, a full disk, and a graph that differs from the model.
+    """
+    if unrolled and steps > MOST_UNROLLED:
+        raise UserError(f"--unrolled with {steps} steps: offered for up to {MOST_UNROLLED}; use prepare and step")
+    with whole_folder(target) as folder:
+        report("merging")
+        model = load_model(weights, stage=2).requires_grad_(False)
+        sampler = make_steps(weights.config, steps)
+        graphs = make_graphs(Plan(model, sampler, PRECISIONS[precision]), model.multiple, unrolled)
+        manifest = manifest_of("onnx", weights, sampler, precision, graphs, "onnx")
+        for name, (module, inputs, _, dynamic) in graphs.parts.items():
+            report(f"{name}.onnx")
+            spec = manifest.graphs[name]
+            write_onnx(module, list(inputs.values()), dynamic, spec.inputs, spec.outputs, folder / spec.file)
+        report("comparing")
+        stepper = OrtStepper(folder, manifest, torch.device("cpu"))
+        m = model.multiple
+        found = [difference(stepped(stepper), Reference(model, sampler), 2, 3 * m, 5 * m, seed=1)]
+        if unrolled:
+            found.append(difference(whole(folder, manifest), Reference(model, sampler), 2, 5 * m, 3 * m, seed=2))
+        accept(found, manifest)
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def verify(folder: Path, manifest: Manifest, weights: Weights, stepper: Stepper) -> list[Difference]:
+    """The folder's graphs against the plain model at six sizes, batches 1, 2 and 3. Raises `UserError` when one is
+    outside its bound."""
+    model = load_model(weights, stage=2).requires_grad_(False)
+    reference = Reference(model, manifest.steps)
+    m = manifest.multiple
+    found = []
+    for batch, h, w in ((1, 1, 1), (1, 3, 7), (3, 5, 2), (1, 8, 8), (2, 4, 11), (1, 9, 16)):
+        found.append(difference(stepped(stepper), reference, batch, h * m, w * m, seed=h))
+        if "restore" in manifest.graphs:
+            found.append(difference(whole(folder, manifest), reference, batch, h * m, w * m, seed=h))
+    for one in found:
+        check(one, manifest.precision)
+    return found
+
+
+def make_graphs(plan: Plan, multiple: int, unrolled: bool = False) -> Graphs:
+    """The modules and one example call of each, at batch 2 and sides that no constant can be mistaken for."""
+    prepare = PrepareGraph(plan).eval()
+    step = StepGraph(plan, prepare.names).eval()
+    height, width = 3 * multiple, 5 * multiple
+    image, x, previous = (torch.zeros(2, 3, height, width) for _ in range(3))  # torch.export merges inputs that are one
+    batch = Dim("batch", min=1, max=4096)
+    sides = {2: multiple * Dim("rows", min=1, max=4096), 3: multiple * Dim("columns", min=1, max=4096)}
+    with torch.no_grad():
+        conditions = dict(zip(prepare.names, prepare(image), strict=True))
+        given = {"x": x, "previous": previous, "index": torch.zeros(1, dtype=torch.int64), **conditions}
+        next_x, x0 = step(*given.values())
+    free = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
+    free_conditions = tuple({0: Dim.AUTO} if value.ndim == 2 else free for value in conditions.values())
+    parts: dict[str, tuple[nn.Module, dict[str, Tensor], dict[str, Tensor], Any]] = {
+        "prepare": (prepare, {"image": image}, conditions, ({0: batch, **sides},)),
+        "step": (step, given, {"next_x": next_x, "x0": x0}, (free, free, {}, free_conditions)),
+    }
+    if unrolled:
+        noise = torch.zeros(plan.steps.noise_fields, 3, height, width)
+        restore = UnrolledGraph(prepare, step, plan.steps).eval()
+        dynamic = ({0: batch, **sides}, sides)
+        parts["restore"] = (restore, {"image": image, "noise": noise}, {"restored": image}, dynamic)
+    return Graphs(plan, multiple, parts)
+
+
+def manifest_of(kind: str, weights: Weights, sampler: Steps, precision: str, graphs: Graphs, suffix: str) -> Manifest:
+    """All but the comparison and the hashes, which come last."""
+    size = (2, 3 * graphs.multiple, 5 * graphs.multiple)
+    packages = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime-gpu"), "aoti": ("torch",)}
+    return Manifest(
+        kind=kind,
+        task=weights.task,
+        preset=weights.config.model.preset,
+        precision=precision,
+        multiple=graphs.multiple,
+        sampler=sampler_of(sampler),
+        noise_fields=sampler.noise_fields,
+        graphs={
+            name: GraphSpec(f"{name}.{suffix}", specs(inputs, *size), specs(outputs, *size))
+            for name, (_, inputs, outputs, _) in graphs.parts.items()
+        },
+        weights={"file": weights.path.name, "sha256": sha256(weights.path), "trained": weights.trained},
+        versions={"python": platform.python_version(), **_versions(("dtpm-fast", *packages.get(kind, ())))},
+    )
+
+
+def accept(found: list[Difference], manifest: Manifest) -> None:
+    """Enter the comparison into the manifest. Raises `UserError` when one is outside its bound."""
+    for one in found:
+        check(one, manifest.precision)
+        manifest.compared.append(
+            {
+                "size": [one.batch, 3, one.height, one.width],
+                "max_abs": one.max_abs,
+                "psnr_db": round(one.psnr_db, 2),
+            }
+        )
+
+
+def whole(folder: Path, manifest: Manifest) -> Callable[[Tensor, Tensor], Tensor]:
+    """restore.onnx as a function of image and noise, on the CPU."""
+    from dtpm_fast.export.onnx_graph import in_float32
+
+    graph = manifest.graphs["restore"]
+    file = folder / graph.file
+    cpu = torch.device("cpu")
+    widened = manifest.precision == "bf16"
+    session = open_session(in_float32(file) if widened else str(file), cpu)
+
+    def restore(image: Tensor, noise: Tensor) -> Tensor:
+        size = (image.shape[0], image.shape[2], image.shape[3])
+        return bound_run(session, graph, {"image": image, "noise": noise}, size, cpu, widened)["restored"]
+
+    return restore
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            if package == "onnxruntime-gpu":
+                found["onnxruntime"] = metadata.version("onnxruntime")
+    return found
