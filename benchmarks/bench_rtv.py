@@ -1,6 +1,6 @@
 """The smoother against scipy's sparse LU and what pip installs, side by side in one run.
 
-    python benchmarks/bench_rtv.py [--photo FILE] [--rounds 5] [--skip-spsolve] [--json benchmarks/results/FILE]
+    python benchmarks/bench_rtv.py [--photo FILE] [--rounds 5] [--quick] [--json benchmarks/results/FILE]
 
 Every picture is smoothed with the default parameters by every method in turn, `rounds` times for ours and once for the
 slow ones; medians. Errors are against scipy's float64 solution. GB/s counts the bytes that the solver's sweeps have to
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photo", type=Path, help="a 2K photo; without it that row is left out")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--skip-spsolve", action="store_true", help="it takes half a minute a picture")
+    parser.add_argument("--quick", action="store_true", help="of the others only splu: spsolve takes minutes a picture")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
@@ -99,10 +99,8 @@ def bench_picture(image: np.ndarray, options: argparse.Namespace, copy: float) -
     if small:
         exact, seconds = timed(lambda: rtv_reference(image))
         rows["scipy splu"] = {"ms": 1e3 * seconds}
-        if not options.skip_spsolve:
-            _, seconds = timed(lambda: smooth_by(spsolve_channels, image))
-            rows["scipy spsolve"] = {"ms": 1e3 * seconds}
-        for name, solve in peers().items():
+        others = {} if options.quick else {"scipy spsolve": spsolve_channels} | peers()
+        for name, solve in others.items():
             result, seconds = timed(partial(smooth_by, solve, image))
             rows[name] = {"ms": 1e3 * seconds} | errors(result, exact)
     else:  # splu takes minutes and gigabytes: our own float64 solution stands in

@@ -143,32 +143,35 @@ def _here(jobs: list[Job], workers: int) -> Iterator[tuple[int, str | None]]:
 
 
 def _on_cluster(jobs: list[Job], address: str) -> Iterator[tuple[int, str | None]]:
-    """The same through Ray Data: it spreads the jobs and starts those of a lost machine again."""
+    """The same as Ray tasks, one a photo and a core: Ray spreads them, and starts those of a lost machine again."""
     try:
         import ray
-        import ray.data
     except ImportError as error:
         raise UserError("--cluster needs Ray: pip install 'dtpm-fast[cluster]'") from error
     if not jobs:
         return
     try:
-        ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level="ERROR")
+        if address == "local":
+            cpus = len(os.sched_getaffinity(0))
+            ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"--cluster {address}: no Ray cluster there ({error})") from error
     try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        cores = int(ray.cluster_resources().get("CPU", 1))
-        data = ray.data.from_items(
-            [{"number": i} for i in range(len(jobs))], override_num_blocks=min(len(jobs), 16 * cores)
-        )
-        everything = ray.put(jobs)
-
-        def work(row: dict[str, Any]) -> dict[str, Any]:
-            results, failure = smooth_photo(ray.get(everything)[row["number"]])
-            return {"results": results, "failure": failure or ""}
-
-        for row in data.map(work, num_cpus=1).iter_rows():
-            yield int(row["results"]), str(row["failure"]) or None
+        task = ray.remote(num_cpus=1)(smooth_photo)
+        at_once = 4 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # enough that no core waits for this process
+        running: dict[Any, Job] = {}
+        for job in [*jobs, None]:
+            if job is not None:
+                running[task.remote(job)] = job
+            while running and (job is None or len(running) >= at_once):
+                for finished in ray.wait(list(running), num_returns=1)[0]:
+                    done = running.pop(finished)
+                    try:
+                        yield ray.get(finished)
+                    except ray.exceptions.RayError as error:
+                        yield done.results, f"{done.source}: lost by the cluster ({type(error).__name__})"
     finally:
         ray.shutdown()
 
