@@ -23,7 +23,7 @@ struct CudaBlock {
 
 // planes: [images][C][height][width]; workspace: [images][layout.workspace(C)]; reports: [images][iterations]
 template <class Real, int C>
-__global__ void __launch_bounds__(rtv::max_threads, 1)
+__global__ void __launch_bounds__(rtv::max_threads)
     smooth_pictures(Real* planes, Real* workspace, rtv::BlockReport* reports, rtv::BlockParameters parameters,
                     rtv::BlockLayout layout) {
     __shared__ rtv::Shared<Real, C> shared;
