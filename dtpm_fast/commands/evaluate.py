@@ -80,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--backend", default="auto", help="as dtpm-restore (default: auto)")
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="of the network")
+    parser.add_argument("--sampler", default="ddim", choices=("ddim", "dpm++2m"), help="default: ddim, the paper's")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for every picture (default: 0)")
     options = parser.parse_args(arguments)
     for name in ("limit", "report_images"):
@@ -180,7 +182,14 @@ def _methods(options: argparse.Namespace) -> tuple[dict[str, "Method"], "torch.d
 
     restorers = {
         _steps_name(steps): Restorer.from_pretrained(
-            options.weights, options.task, steps, options.device, options.backend, options.seed
+            options.weights,
+            options.task,
+            steps,
+            options.device,
+            options.backend,
+            options.seed,
+            precision=options.precision,
+            sampler=options.sampler,
         )
         for steps in options.steps
     }
@@ -194,7 +203,7 @@ def _steps_name(steps: int) -> str:
 
 
 def _predictor(restorer: "Restorer") -> "Method":
-    """y_eps, the initial predictor's picture, with the restorer's own padding."""
+    """y_eps, the initial predictor's picture, with the restorer's own padding; by the plain model in float32."""
     import torch
 
     from dtpm_fast.runtime.photo import from_network, pad_to, round_up, to_network

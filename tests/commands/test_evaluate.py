@@ -66,6 +66,10 @@ def test_figures_are_those_of_the_restored_pictures(
             str(out / "r.json"),
             "--csv",
             str(out / "r.csv"),
+            "--curve",
+            str(out / "c.svg"),
+            "--precision",
+            "float32",
             "--note",
             "random weights",
         ]
@@ -111,6 +115,7 @@ def test_figures_are_those_of_the_restored_pictures(
             own = [float(row[figure]) for row in rows if row["method"] == method]
             assert mean == pytest.approx(np.mean(own), abs=1e-5)
 
+    assert "SSIM Y" in (out / "c.svg").read_text(encoding="utf-8")  # LPIPS is off
     printed = capsys.readouterr().out
     assert f"| **ours, 4 steps** | **{found['mean']['4 steps']['psnr_y']:.2f}** |" in printed
     assert "| DTPM, 4 steps (paper) | 30.99 | 0.934 | 0.0635 |" in printed
@@ -202,7 +207,14 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--limit", "0"], ["--steps", "4", "4"], ["--report-images", "0"], ["--protocol", "psnry"], ["--json", "."]],
+    [
+        ["--limit", "0"],
+        ["--steps", "4", "4"],
+        ["--report-images", "0"],
+        ["--protocol", "psnry"],
+        ["--json", "."],
+        ["--curve", "c.svg"],
+    ],
 )
 def test_bad_usage(arguments: list[str], pairs: Path) -> None:
     with pytest.raises(SystemExit) as stopped:
