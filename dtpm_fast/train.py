@@ -28,6 +28,22 @@ Every setting (--set, or a TOML file for --config) is described in dtpm_fast/con
 
 
 def main(argv: list[str] | None = None) -> int:
+    args = _parsed(argv)
+
+    def work() -> int:
+        _train(args)
+        return 0
+
+    return run_command(work)
+
+
+def start(argv: list[str]) -> Path:
+    """What the command does with these arguments, for other commands; returns the path of the averaged weights.
+    Raises `UserError`."""
+    return _train(_parsed(argv))
+
+
+def _parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dtpm_fast.train",
         description="Train DTPM: stage 1, the texture prior; stage 2, a task's adapters and initial predictor.",
@@ -52,10 +68,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.stage == 2) != (args.task is not None):
         parser.error("--task belongs to --stage 2, and stage 2 needs it")
-    return run_command(lambda: _main(args))
+    return args
 
 
-def _main(args: argparse.Namespace) -> int:
+def _train(args: argparse.Namespace) -> Path:
     world = World.from_environment()
     device, why = world.device(args.device)
     world.say(f"device: {why}")
@@ -82,8 +98,9 @@ def _main(args: argparse.Namespace) -> int:
     world.say(f"model: {config.model.preset}, {trained / 1e6:.2f}M parameters train")
     about = {"data": source.about, "device": why}
     run = Run(model, config, args.task or "", source.data, source.validation, args.output, device, about, world)
-    world.say(f"written: {train(run, args.resume)}")
-    return 0
+    weights = train(run, args.resume)
+    world.say(f"written: {weights}")
+    return weights
 
 
 def _build(args: argparse.Namespace, config: Config, prior: Any) -> DTPM:

@@ -84,13 +84,14 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.trained.values(), lr=settings.lr, betas=(0.9, 0.999))
         self.ema = EMA(self.trained, settings.ema)
         self.objective: nn.Module = Objective(self.model, run.config)
+        self.layout = torch.channels_last
         self.meter = Meter()
         self.step = 0
         self.best = -math.inf
 
     def run_to_the_end(self, log: Log) -> None:
         settings, world = self.run.config.train, self.run.world
-        self._parallelise()
+        self.parallelise()
         loader = batches(self.run.data, self.run.config, self.step, world, self.run.device.type == "cuda")
         while self.step < settings.steps:
             with self.meter.waiting():
@@ -161,7 +162,8 @@ class Trainer:
         self.step = int(state["step"])
         run.world.say(f"resumed at iteration {self.step} of {run.config.train.steps}")
 
-    def _parallelise(self) -> None:
+    def parallelise(self) -> None:
+        """Once the state is the one to go on from: the processes start from rank 0's."""
         if self.run.world.size > 1:
             devices = [self.run.device] if self.run.device.type == "cuda" else None
             # Buffers never change: those of the semantic encoder are frozen with it.
@@ -175,7 +177,7 @@ class Trainer:
 
     def _on_device(self, batch: Batch) -> Iterator[Tensor]:
         for x in batch:
-            layout = torch.channels_last if x.ndim == 4 else torch.preserve_format
+            layout = self.layout if x.ndim == 4 else torch.preserve_format
             yield x.to(self.run.device, non_blocking=True, memory_format=layout)
 
     def _validate(self, log: Log) -> None:

@@ -1,0 +1,103 @@
+"""Several processes train as one with their batches together, and torchrun brings a killed one back."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dtpm_fast.errors import UserError
+from dtpm_fast.train import main
+from dtpm_fast.training.checkpoints import list_states
+from dtpm_fast.training.world import World
+
+SETTINGS = ("steps=12", "log_every=1", "validation_images=1", "validate_every=6", "checkpoint_every=3", "accumulate=2")
+
+
+def arguments(photos, output, settings):
+    stage = ["--stage", "2", "--task", "derain", "--data", str(photos), "--output", str(output), "--device", "cpu"]
+    return [*stage, "--set", *settings, *SETTINGS, "tune=all"]
+
+
+def losses(output):
+    """The loss of every iteration, by TensorBoard's files; what a killed process repeated counts once."""
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("train/loss")}
+
+
+def assert_same_curve(output, single):
+    found, wanted = losses(output), losses(single)
+    assert found.keys() == wanted.keys() == set(range(1, 13))
+    for step, value in wanted.items():
+        assert found[step] == pytest.approx(value, rel=1e-5), step
+
+
+@pytest.fixture
+def single(photos, tmp_path, tiny):
+    """One process with the double batch, for the two processes to be held against."""
+    assert main(arguments(photos, tmp_path / "single", [*tiny, "batch_size=4"])) == 0
+    return tmp_path / "single"
+
+
+def test_two_processes_equal_one_with_the_double_batch(photos, tmp_path, tiny, single):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dtpm_fast.train", *arguments(photos, tmp_path / "two", tiny)]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **group, "RANK": str(i), "LOCAL_RANK": str(i)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in (0, 1)
+    ]
+    said = [rank.communicate()[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert "2 processes (gloo)" in said[0] and "psnr_result" in said[0] and said[1] == ""
+    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # rank 0 alone writes
+    assert_same_curve(tmp_path / "two", single)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_worker_from_the_newest_checkpoint(photos, tmp_path, tiny, single):
+    output, said = tmp_path / "killed", tmp_path / "output.txt"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "--max-restarts", "1", "-m", "dtpm_fast.train", *arguments(photos, output, tiny)]
+    with said.open("w") as file:
+        agent = subprocess.Popen(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=subprocess.STDOUT
+        )
+        while not list_states(output):
+            assert agent.poll() is None, said.read_text()
+            time.sleep(0.02)
+        os.kill(_workers(agent.pid)[-1], signal.SIGKILL)
+        assert agent.wait() == 0, said.read_text()
+    assert "resumed at iteration" in said.read_text()
+    assert_same_curve(output, single)
+
+
+def _workers(agent: int) -> list[int]:
+    children = [int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
+    return [pid for pid in children if b"dtpm_fast.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_the_world_is_read_from_torchruns_variables(monkeypatch):
+    assert World.from_environment() == World(0, 1, 0)
+    for name, value in {"RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1, "TORCHELASTIC_RESTART_COUNT": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    world = World.from_environment()
+    assert world == World(9, 16, 1, restarted=True)
+    assert not world.leads and not world.checks_data
+    assert world.device("cpu")[0] == torch.device("cpu")
+    with pytest.raises(UserError, match="its own device"):
+        world.device("cuda:1")
