@@ -24,20 +24,23 @@ def test_triton_by_the_rule(
     memory_format: torch.memory_format,
     assert_as_exact_as_eager: Callable[..., None],
 ) -> None:
-    x = (torch.randn(shape) + offset).to(device, dtype).contiguous(memory_format=memory_format)
-    wide = torch.randn(shape[0], 4 * shape[1]).to(device, dtype)
-    shift, scale = wide.chunk(4, dim=1)[1:3]  # strided rows, as a block's modulation comes
-    grad = torch.randn(shape).to(device, dtype)
+    def draw() -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        x = (torch.randn(shape) + offset).to(device, dtype).contiguous(memory_format=memory_format)
+        wide = torch.randn(shape[0], 4 * shape[1]).to(device, dtype)
+        shift, scale = wide.chunk(4, dim=1)[1:3]  # strided rows, as a block's modulation comes
+        grad = torch.randn(shape).to(device, dtype)
 
-    def run(function: Callable[..., torch.Tensor], kind: torch.dtype) -> list[torch.Tensor]:
-        inputs = [tensor.detach().to(kind).requires_grad_() for tensor in (x, shift, scale)]
-        out = function(*inputs)
-        return [out, *torch.autograd.grad(out, inputs, grad.to(kind))]
+        def run(function: Callable[..., torch.Tensor], kind: torch.dtype) -> list[torch.Tensor]:
+            inputs = [tensor.detach().to(kind).requires_grad_() for tensor in (x, shift, scale)]
+            out = function(*inputs)
+            return [out, *torch.autograd.grad(out, inputs, grad.to(kind))]
 
-    ours = run(adaln, dtype)
-    assert ours[0].is_contiguous(memory_format=memory_format)
-    assert_as_exact_as_eager(ours, run(adaln_ref, dtype), run(adaln_ref, torch.float64), NAMES)
-    assert all(torch.equal(a, b) for a, b in zip(ours, run(adaln, dtype), strict=True))
+        ours = run(adaln, dtype)
+        assert ours[0].is_contiguous(memory_format=memory_format)
+        assert all(torch.equal(a, b) for a, b in zip(ours, run(adaln, dtype), strict=True))
+        return ours, run(adaln_ref, dtype), run(adaln_ref, torch.float64)
+
+    assert_as_exact_as_eager(draw, NAMES)
 
 
 def test_oracle_is_the_definition() -> None:

@@ -27,22 +27,24 @@ def test_triton_by_the_rule(
     memory_format: torch.memory_format,
     assert_as_exact_as_eager: Callable[..., None],
 ) -> None:
-    channels = shape[1]
-    x = (torch.randn(shape) + offset).to(device, dtype).contiguous(memory_format=memory_format)
-    weight = (torch.randn(channels, channels, 1, 1) / channels).to(device, dtype)
-    bias = torch.randn(channels).to(device, dtype)
-    grad = torch.randn(shape).to(device, dtype)
+    def draw() -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        channels = shape[1]
+        x = (torch.randn(shape) + offset).to(device, dtype).contiguous(memory_format=memory_format)
+        weight = (torch.randn(channels, channels, 1, 1) / channels).to(device, dtype)
+        bias = torch.randn(channels).to(device, dtype)
+        grad = torch.randn(shape).to(device, dtype)
 
-    def run(function: Callable[..., torch.Tensor], kind: torch.dtype) -> list[torch.Tensor]:
-        inputs = [tensor.detach().to(kind).requires_grad_() for tensor in (x, weight, bias)]
-        out = function(*inputs)
-        return [out, *torch.autograd.grad(out, inputs, grad.to(kind))]
+        def run(function: Callable[..., torch.Tensor], kind: torch.dtype) -> list[torch.Tensor]:
+            inputs = [tensor.detach().to(kind).requires_grad_() for tensor in (x, weight, bias)]
+            out = function(*inputs)
+            return [out, *torch.autograd.grad(out, inputs, grad.to(kind))]
 
-    ours = run(channel_attention, dtype)
-    assert ours[0].is_contiguous(memory_format=memory_format)
-    exact = run(channel_attention_ref, torch.float64)
-    assert_as_exact_as_eager(ours, run(channel_attention_ref, dtype), exact, NAMES)
-    assert all(torch.equal(a, b) for a, b in zip(ours, run(channel_attention, dtype), strict=True))
+        ours = run(channel_attention, dtype)
+        assert ours[0].is_contiguous(memory_format=memory_format)
+        assert all(torch.equal(a, b) for a, b in zip(ours, run(channel_attention, dtype), strict=True))
+        return ours, run(channel_attention_ref, dtype), run(channel_attention_ref, torch.float64)
+
+    assert_as_exact_as_eager(draw, NAMES)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own

@@ -20,17 +20,21 @@ def test_triton_by_the_rule(
     memory_format: torch.memory_format,
     assert_as_exact_as_eager: Callable[..., None],
 ) -> None:
-    x = torch.randn(shape).to(device, dtype).contiguous(memory_format=memory_format)
-    grad = torch.randn(shape[0], shape[1] // 2, *shape[2:]).to(device, dtype)
+    def draw() -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        x = torch.randn(shape).to(device, dtype).contiguous(memory_format=memory_format)
+        grad = torch.randn(shape[0], shape[1] // 2, *shape[2:]).to(device, dtype)
 
-    def run(function: Callable[..., torch.Tensor], kind: torch.dtype) -> list[torch.Tensor]:
-        x_kind = x.to(kind).detach().requires_grad_()
-        out = function(x_kind)
-        return [out, *torch.autograd.grad(out, x_kind, grad.to(kind))]
+        def run(function: Callable[..., torch.Tensor], kind: torch.dtype) -> list[torch.Tensor]:
+            x_kind = x.to(kind).detach().requires_grad_()
+            out = function(x_kind)
+            return [out, *torch.autograd.grad(out, x_kind, grad.to(kind))]
 
-    ours = run(simple_gate, dtype)
-    assert ours[0].is_contiguous(memory_format=memory_format)
-    assert_as_exact_as_eager(ours, run(simple_gate_ref, dtype), run(simple_gate_ref, torch.float64), ["out", "x.grad"])
+        ours = run(simple_gate, dtype)
+        assert ours[0].is_contiguous(memory_format=memory_format)
+        assert all(torch.equal(a, b) for a, b in zip(ours, run(simple_gate, dtype), strict=True))
+        return ours, run(simple_gate_ref, dtype), run(simple_gate_ref, torch.float64)
+
+    assert_as_exact_as_eager(draw, ["out", "x.grad"])
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own
