@@ -1,6 +1,7 @@
 """`dtpm-restore`: photos and folders of photos in, restored photos out."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _restore(options: argparse.Namespace) -> int:
     jobs = plan_outputs(options.inputs, options.output)
+    logging.basicConfig(format="%(message)s")  # to standard error
+    logging.getLogger("dtpm_fast").setLevel(logging.INFO)
     from dtpm_fast.runtime.restorer import Restorer  # imports torch: not for --help or a mistyped path
 
     restorer = Restorer.from_pretrained(
@@ -69,7 +72,6 @@ def _restore(options: argparse.Namespace) -> int:
         precision=options.precision,
         sampler=options.sampler,
     )
-    print(restorer.about, file=sys.stderr)
     failures = []
     for source, target in tqdm(jobs, unit="photo", disable=None):
         try:
