@@ -124,11 +124,10 @@ def test_wrong_rows_are_refused(tmp_path: Path) -> None:
 def browse(page: Path, width: int, *options: str) -> subprocess.CompletedProcess[str]:
     assert BROWSER is not None
     profile = page.parent / f"profile{width}"
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
-    )
+    flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
+    flags += [f"user-data-dir={profile}", f"window-size={width},900"]
     return subprocess.run(
-        [BROWSER, *flags, f"--user-data-dir={profile}", f"--window-size={width},900", *options, page.as_uri()],
+        [BROWSER, *(f"--{flag}" for flag in flags), *options, page.as_uri()],
         capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
 

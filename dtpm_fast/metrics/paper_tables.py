@@ -163,7 +163,8 @@ def comparison(
 def _remarks(
     task: str, table: PaperTable, protocol: Protocol, ours: str, images: int, data: str, note: str
 ) -> list[str]:
-    remarks = [f"- Ours: mean over {images} pictures of {data}, protocol {protocol.name}: {protocol.about}."]
+    ours_are = f"mean over {images} picture{'s' if images > 1 else ''} of {data}"
+    remarks = [f"- Ours: {ours_are}, protocol {protocol.name}: {protocol.about}."]
     if PAPER_PROTOCOL[task] != protocol.name:
         remarks.append(f"- The paper's rows follow the protocol {PAPER_PROTOCOL[task]}, not {protocol.name}.")
     expected = table.sets.get(ours)
