@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ from dtpm_fast.runtime.noise import noise_fields
 from dtpm_fast.runtime.sampler import Stepper, sample
 
 BOUND_DB = {"fp32": 60.0, "fp16": 45.0, "bf16": 45.0}
+
+
+class ExportedStepper(Stepper, Protocol):
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,10 @@ def difference(
     return Difference(batch, height, width, float(error.abs().max()), psnr)
 
 
-def stepped(stepper: Stepper) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda image, noise: sample(stepper, stepper.prepare(image), noise)
+def stepped(stepper: ExportedStepper) -> Callable[[Tensor, Tensor], Tensor]:
+    """All steps on the stepper's own device, from tensors on any."""
+    to = stepper.device
+    return lambda image, noise: sample(stepper, stepper.prepare(image.to(to)), noise.to(to))
 
 
 def check(found: Difference, precision: str) -> None:

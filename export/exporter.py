@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from dtpm_fast.errors import UserError
+from dtpm_fast.export.aoti import AotiStepper, write_aoti
 from dtpm_fast.export.compare import Difference, check, difference, stepped
 from dtpm_fast.export.folder import whole_folder
 from dtpm_fast.export.graph import PrepareGraph, StepGraph, UnrolledGraph
@@ -24,13 +25,15 @@ from dtpm_fast.export.manifest import (
     specs,
     write_manifest,
 )
-from dtpm_fast.export.onnx_graph import write_onnx
+from dtpm_fast.export.onnx_graph import in_float32, write_onnx
 from dtpm_fast.export.ort import OrtStepper, bound_run, open_session
 from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.reference import Reference
-from dtpm_fast.runtime.sampler import Steps, Stepper, make_steps
+from dtpm_fast.runtime.sampler import Stepper, Steps, make_steps
 from dtpm_fast.weights_file import Weights, load_model
 
+CPU = torch.device("cpu")
+SUFFIX = {"onnx": "onnx", "aoti": "pt2"}
 MOST_UNROLLED = 4  # steps: the file grows with them, not only with the model
 
 
@@ -43,39 +46,49 @@ class Graphs:
     parts: dict[str, tuple[nn.Module, dict[str, Tensor], dict[str, Tensor], Any]]
 
 
-def export_onnx(
+def export_folder(
     weights: Weights,
     target: Path | str,
     *,
+    kind: str = "onnx",
     steps: int = 4,
     precision: str = "fp32",
     unrolled: bool = False,
+    device: torch.device = CPU,
     report: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
-    """Write prepare.onnx, step.onnx (restore.onnx with `unrolled`) and the manifest to the folder `target`.
+    """Write `prepare` and `step` ("onnx": also restore.onnx with `unrolled`) and the manifest to the folder `target`.
 
-    ONNX Runtime's result is compared with the plain float32 model before the folder gets its name. `report` is told
-    what is being done. Raises `UserError`: weights of stage I, steps outside 1..T, gated adapters, a target that
-    exists, a full disk, and a graph that differs from the model.
+    The result of the files is compared with the plain float32 model before the folder gets its name. `device` is what
+    "aoti" compiles for. `report` is told what is being done. Raises `UserError`: weights of stage I, steps outside
+    1..T, gated adapters, a target that exists, a full disk, and a graph that differs from the model.
     """
-    if unrolled and steps > MOST_UNROLLED:
-        raise UserError(f"--unrolled with {steps} steps: offered for up to {MOST_UNROLLED}; use prepare and step")
+    if unrolled and (steps > MOST_UNROLLED or kind != "onnx"):
+        raise UserError(
+            f"--unrolled with {steps} steps as {kind}: offered for onnx and up to {MOST_UNROLLED} steps; use prepare "
+            "and step"
+        )
     with whole_folder(target) as folder:
         report("merging")
         model = load_model(weights, stage=2).requires_grad_(False)
         sampler = make_steps(weights.config, steps)
         graphs = make_graphs(Plan(model, sampler, PRECISIONS[precision]), model.multiple, unrolled)
-        manifest = manifest_of("onnx", weights, sampler, precision, graphs, "onnx")
+        manifest = manifest_of(kind, weights, sampler, precision, graphs)
+        if kind == "aoti":
+            manifest.engine = {"device": device.type}
         for name, (module, inputs, _, dynamic) in graphs.parts.items():
-            report(f"{name}.onnx")
             spec = manifest.graphs[name]
-            write_onnx(module, list(inputs.values()), dynamic, spec.inputs, spec.outputs, folder / spec.file)
+            report(spec.file)
+            if kind == "onnx":
+                write_onnx(module, list(inputs.values()), dynamic, spec.inputs, spec.outputs, folder / spec.file)
+            else:
+                write_aoti(module, list(inputs.values()), dynamic, folder / spec.file, device)
         report("comparing")
-        stepper = OrtStepper(folder, manifest, torch.device("cpu"))
-        m = model.multiple
-        found = [difference(stepped(stepper), Reference(model, sampler), 2, 3 * m, 5 * m, seed=1)]
+        stepper = OrtStepper(folder, manifest, CPU) if kind == "onnx" else AotiStepper(folder, manifest, device)
+        m, reference = model.multiple, Reference(model, sampler)
+        found = [difference(stepped(stepper), reference, *size, seed=1) for size in ((2, 3 * m, 5 * m), (1, m, 2 * m))]
         if unrolled:
-            found.append(difference(whole(folder, manifest), Reference(model, sampler), 2, 5 * m, 3 * m, seed=2))
+            found.append(difference(whole(folder, manifest), reference, 2, 5 * m, 3 * m, seed=2))
         accept(found, manifest)
         write_manifest(folder, manifest)
     return manifest
@@ -123,7 +136,7 @@ def make_graphs(plan: Plan, multiple: int, unrolled: bool = False) -> Graphs:
     return Graphs(plan, multiple, parts)
 
 
-def manifest_of(kind: str, weights: Weights, sampler: Steps, precision: str, graphs: Graphs, suffix: str) -> Manifest:
+def manifest_of(kind: str, weights: Weights, sampler: Steps, precision: str, graphs: Graphs) -> Manifest:
     """All but the comparison and the hashes, which come last."""
     size = (2, 3 * graphs.multiple, 5 * graphs.multiple)
     packages = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime-gpu"), "aoti": ("torch",)}
@@ -136,7 +149,7 @@ def manifest_of(kind: str, weights: Weights, sampler: Steps, precision: str, gra
         sampler=sampler_of(sampler),
         noise_fields=sampler.noise_fields,
         graphs={
-            name: GraphSpec(f"{name}.{suffix}", specs(inputs, *size), specs(outputs, *size))
+            name: GraphSpec(f"{name}.{SUFFIX[kind]}", specs(inputs, *size), specs(outputs, *size))
             for name, (_, inputs, outputs, _) in graphs.parts.items()
         },
         weights={"file": weights.path.name, "sha256": sha256(weights.path), "trained": weights.trained},
@@ -159,17 +172,14 @@ def accept(found: list[Difference], manifest: Manifest) -> None:
 
 def whole(folder: Path, manifest: Manifest) -> Callable[[Tensor, Tensor], Tensor]:
     """restore.onnx as a function of image and noise, on the CPU."""
-    from dtpm_fast.export.onnx_graph import in_float32
-
     graph = manifest.graphs["restore"]
     file = folder / graph.file
-    cpu = torch.device("cpu")
     widened = manifest.precision == "bf16"
-    session = open_session(in_float32(file) if widened else str(file), cpu)
+    session = open_session(in_float32(file) if widened else str(file), CPU)
 
     def restore(image: Tensor, noise: Tensor) -> Tensor:
         size = (image.shape[0], image.shape[2], image.shape[3])
-        return bound_run(session, graph, {"image": image, "noise": noise}, size, cpu, widened)["restored"]
+        return bound_run(session, graph, {"image": image, "noise": noise}, size, CPU, widened)["restored"]
 
     return restore
 

@@ -8,17 +8,20 @@ from torch import Tensor
 
 from dtpm_fast.device import choose_device
 from dtpm_fast.errors import UserError
+from dtpm_fast.export.aoti import AotiStepper
+from dtpm_fast.export.compare import ExportedStepper
 from dtpm_fast.export.manifest import Manifest, read_manifest
+from dtpm_fast.export.ort import OrtStepper
 from dtpm_fast.runtime.noise import noise_fields
 from dtpm_fast.runtime.photo import from_network, open_photo, pad_to, round_up, to_network
-from dtpm_fast.runtime.sampler import Stepper, sample
+from dtpm_fast.runtime.sampler import sample
 
 
 class ExportedRestorer:
-    """Restores photos of any size with a folder that `dtpm-export` wrote; the task and the steps are the folder's.
+    """Restores photos of any size with a folder that `dtpm-export` wrote; its task and its steps.
 
-    Takes and gives what `dtpm_fast.Restorer` does. Raises `UserError` for a folder that is not an export or was changed,
-    and for a device that the folder's format cannot use here.
+    Takes and gives what `dtpm_fast.Restorer` does. Raises `UserError` for a folder that is not an export or was
+    changed, and for a device that the folder's format cannot use here.
     """
 
     def __init__(self, folder: Path | str, *, device: str = "auto", seed: int = 0, threads: int = 0) -> None:
@@ -44,11 +47,13 @@ class ExportedRestorer:
 
 def open_stepper(
     folder: Path, manifest: Manifest, device: str = "auto", threads: int = 0
-) -> tuple[Stepper, torch.device, str]:
+) -> tuple[ExportedStepper, torch.device, str]:
     """The folder's `prepare` and `step`, its device, and one line that says why that device."""
+    if device == "auto" and manifest.kind == "aoti":
+        device = manifest.engine["device"]
     chosen, why = choose_device(device)
     if manifest.kind == "onnx":
-        from dtpm_fast.export.ort import OrtStepper
-
         return OrtStepper(folder, manifest, chosen, threads), chosen, f"ONNX Runtime, device {why}"
+    if manifest.kind == "aoti":
+        return AotiStepper(folder, manifest, chosen), chosen, f"AOTInductor, device {why}"
     raise UserError(f"{folder}: an export of kind {manifest.kind!r}, which this version does not run")

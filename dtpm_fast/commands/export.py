@@ -8,14 +8,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dtpm_fast.commands.run import run
+from dtpm_fast.errors import UserError
 from dtpm_fast.tasks import TASKS
 
 EXAMPLE = """examples:
   dtpm-export --task derain --steps 4 -o derain-onnx
+  dtpm-export --task derain --format aoti -o derain-aoti
   dtpm-export --task deblur --weights runs/deblur/weights.safetensors --precision fp16 --verify -o deblur-fp16
 The folder appears only when it is complete and its result has been compared with the model's on random input.
 manifest.json says how to use it; docs/export.md explains."""
-FORMATS = ("onnx",)
+FORMATS = ("onnx", "aoti")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=4, metavar="S", help="steps of the sampler (default: 4)")
     parser.add_argument("--weights", default="light", help="weights file, or the name of shipped ones (default: light)")
     parser.add_argument("--format", default="onnx", choices=FORMATS, help="default: onnx")
+    parser.add_argument("--device", default="cpu", help="what aoti is compiled for: cpu or cuda (default: cpu)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16"), help="default: fp32")
     parser.add_argument("--unrolled", action="store_true", help="also restore.onnx, all steps in one graph (S <= 4)")
     parser.add_argument("--verify", action="store_true", help="compare at six sizes and print the differences")
@@ -41,10 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from dtpm_fast.export.exporter import export_onnx, verify  # imports torch: not for --help
+    from dtpm_fast.device import choose_device
+    from dtpm_fast.export.exporter import export_folder, verify  # imports torch: not for --help
     from dtpm_fast.export.restorer import open_stepper
     from dtpm_fast.runtime.shipped import find_weights
 
+    device, _ = choose_device(options.device)
+    if options.format == "onnx" and device.type != "cpu":
+        raise UserError("--device: an ONNX file is for no device in particular; leave it out")
     weights = find_weights(options.weights, options.task)
     with tqdm(total=4 + options.unrolled, disable=None, bar_format="{desc}: {n_fmt}/{total_fmt} {elapsed}") as bar:
 
@@ -52,9 +59,9 @@ def _export(options: argparse.Namespace) -> int:
             bar.set_description(stage)
             bar.update()
 
-        manifest = export_onnx(
-            weights, options.output, steps=options.steps, precision=options.precision,
-            unrolled=options.unrolled, report=report,
+        manifest = export_folder(
+            weights, options.output, kind=options.format, steps=options.steps, precision=options.precision,
+            unrolled=options.unrolled, device=device, report=report,
         )  # fmt: skip
     one = manifest.compared[0]
     print(
@@ -62,7 +69,7 @@ def _export(options: argparse.Namespace) -> int:
         f"against the model in float32: max difference {one['max_abs']:.2e}, PSNR {one['psnr_db']:.1f} dB"
     )
     if options.verify:
-        stepper, _, why = open_stepper(options.output, manifest, "cpu")
+        stepper, _, why = open_stepper(options.output, manifest, options.device)
         print(f"{why} against PyTorch in float32, {options.steps} steps:")
         for found in verify(options.output, manifest, weights, stepper):
             print(found)

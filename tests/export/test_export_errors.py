@@ -1,0 +1,127 @@
+"""Every way to fail is one clear line, and leaves nothing behind."""
+
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dtpm_fast.commands.export import main
+from dtpm_fast.errors import UserError
+from dtpm_fast.export import exporter
+from dtpm_fast.export.exporter import export_folder
+from dtpm_fast.export.folder import whole_folder
+from dtpm_fast.export.manifest import read_manifest
+from dtpm_fast.export.restorer import ExportedRestorer
+from dtpm_fast.weights_file import Weights
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--steps": "0"}, "steps = 0: must lie between 1 and 1000"),
+        ({"--task": "deblur"}, "trained for the task 'derain', not for 'deblur'"),
+        ({"--weights": "missing.safetensors"}, "no such weights file"),
+        ({"--unrolled": None, "--steps": "5"}, "--unrolled with 5 steps as onnx: offered for onnx and up to 4 steps"),
+    ],
+    ids=str,
+)
+def test_the_command_says_why(
+    tmp_path: Path, plain_weights: Weights, capsys: pytest.CaptureFixture, change: dict, message: str
+) -> None:
+    options = {"--task": "derain", "--weights": str(plain_weights.path), "-o": str(tmp_path / "x"), **change}
+    code = main([part for pair in options.items() for part in pair if part is not None])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 1 and message in error and error.startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_task_is_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--task", "denoise", "-o", str(tmp_path / "x")])
+    assert stop.value.code == 2
+    assert "invalid choice: 'denoise'" in capsys.readouterr().err
+
+
+def test_stage_one_and_gated_weights_are_refused(
+    tmp_path: Path, random_weights: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    stage1 = random_weights(tmp_path / "1.safetensors", stage=1)
+    assert main(["--task", "derain", "--weights", str(stage1), "-o", str(tmp_path / "x")]) == 1
+    assert "restoring needs stage 2 weights" in capsys.readouterr().err
+    gated = random_weights(tmp_path / "2.safetensors", adapter_kind="gated")
+    assert main(["--task", "derain", "--weights", str(gated), "-o", str(tmp_path / "x")]) == 1
+    assert "cannot be merged" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.safetensors", "2.safetensors"]
+
+
+def test_a_wrong_merge_is_not_written(tmp_path: Path, plain_weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*arguments: object) -> object:
+        plan = original(*arguments)
+        plan.step_module.unet.blocks[0].w5.mul_(1.5)  # type: ignore[attr-defined]
+        return plan
+
+    original = exporter.Plan
+    monkeypatch.setattr(exporter, "Plan", wrong)
+    with pytest.raises(UserError, match="differs from the model"):
+        export_folder(plain_weights, tmp_path / "x", steps=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_is_kept(tmp_path: Path, plain_weights: Weights) -> None:
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="exists already"):
+        export_folder(plain_weights, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    program = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from dtpm_fast.errors import UserError\nfrom dtpm_fast.export.folder import whole_folder\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n"
+        f"    with whole_folder({str(tmp_path / 'x')!r}) as folder: (folder / 'a').write_bytes(bytes(2000))\n"
+        "except UserError as error: print(error)\n"
+    )
+    assert hasattr(resource, "RLIMIT_FSIZE")
+    said = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert "could not be written (File too large); nothing was left behind" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with whole_folder(tmp_path / "x") as folder:
+            (folder / "a").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not list(tmp_path.iterdir())
+
+
+def test_tampering_is_seen(full_export: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    shutil.copytree(full_export, folder)
+    manifest = folder / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"multiple": 8', '"multiple": 4'))
+    with pytest.raises(UserError, match=r"manifest\.json: was changed after the export"):
+        ExportedRestorer(folder, device="cpu")
+    manifest.write_text(text)
+    read_manifest(folder)
+    graph = folder / "step.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    with pytest.raises(UserError, match=r"step\.onnx: is not the file that was exported"):
+        read_manifest(folder)
+    graph.unlink()
+    with pytest.raises(UserError, match=r"step\.onnx: is missing"):
+        read_manifest(folder)
+    with pytest.raises(UserError, match=r"is .* a folder that dtpm-export wrote"):
+        read_manifest(tmp_path)
