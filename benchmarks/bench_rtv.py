@@ -1,6 +1,6 @@
 """The smoother against scipy's sparse LU and what pip installs, side by side in one run.
 
-    python benchmarks/bench_rtv.py [--photo FILE] [--rounds 5] [--quick] [--json benchmarks/results/FILE]
+    python benchmarks/bench_rtv.py [--photo FILE] [--pictures NAME ...] [--rounds 5] [--quick] [--json FILE]
 
 Every picture is smoothed with the default parameters by every method in turn, `rounds` times for ours and once for the
 slow ones; medians. Errors are against scipy's float64 solution. GB/s counts the bytes that the solver's sweeps have to
@@ -37,6 +37,7 @@ from dtpm_fast.smoothing import cuda_unavailable
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photo", type=Path, help="a 2K photo; without it that row is left out")
+    parser.add_argument("--pictures", nargs="+", metavar="NAME", help="astronaut, coffee, grass, noise (default: all)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="of the others only splu: spsolve takes minutes a picture")
     parser.add_argument("--json", type=Path)
@@ -55,7 +56,7 @@ def main() -> None:
         "pictures": {},
     }
     print(f"{record['cpu']}, {record['cpus']} CPUs, load {record['load_average_before'][0]:.1f}, copy {copy:.1f} GB/s")
-    for name, image in pictures(options.photo).items():
+    for name, image in pictures(options).items():
         record["pictures"][name] = rows = bench_picture(image, options, copy)
         splu = rows["scipy splu"]["ms"] if "scipy splu" in rows else None
         print(f"\n{name} {image.shape[0]}x{image.shape[1]}")
@@ -80,16 +81,18 @@ def main() -> None:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def pictures(photo: Path | None) -> dict[str, np.ndarray]:
+def pictures(options: argparse.Namespace) -> dict[str, np.ndarray]:
     """HWC float64 in [0, 1]."""
-    found = {
+    found: dict[str, np.ndarray] = {
         "astronaut": data.astronaut() / 255.0,
         "coffee": np.pad(data.coffee(), ((0, 112), (0, 0), (0, 0)), "reflect")[:512, :512] / 255.0,
         "grass": np.repeat(data.grass()[:512, :512, None] / 255.0, 3, axis=2),
         "noise": np.random.default_rng(0).random((512, 512, 3)),
     }
-    if photo is not None:
-        found["2K photo"] = read_image(photo) / 255.0
+    if options.pictures:
+        found = {name: found[name] for name in options.pictures}
+    if options.photo is not None:
+        found["2K photo"] = read_image(options.photo) / 255.0
     return found
 
 
