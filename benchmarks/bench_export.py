@@ -1,0 +1,129 @@
+"""Exports beside the in-process backends: export time, size, peak memory, cold start, and latency as a ratio.
+
+    python benchmarks/bench_export.py --weights light --task derain --formats onnx aoti --size 256
+
+Every export and every cold start is a process of its own. Latencies are medians of rounds that take the candidates in
+turn, so that a busy machine is busy for all of them; the ratio is to the plain model.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtpm_fast.device import choose_device
+from dtpm_fast.export.compare import stepped
+from dtpm_fast.export.manifest import read_manifest
+from dtpm_fast.export.restorer import open_stepper
+from dtpm_fast.runtime.noise import noise_fields
+from dtpm_fast.runtime.plan import Plan
+from dtpm_fast.runtime.reference import Reference
+from dtpm_fast.runtime.sampler import make_steps, sample
+from dtpm_fast.runtime.shipped import find_weights
+from dtpm_fast.weights_file import load_model
+
+COLD = """
+import sys, time
+start = time.perf_counter()
+import numpy as np
+from dtpm_fast.export.restorer import ExportedRestorer
+imported = time.perf_counter()
+restorer = ExportedRestorer(sys.argv[1], device=sys.argv[2])
+opened = time.perf_counter()
+restorer(np.zeros((int(sys.argv[3]), int(sys.argv[3]), 3), np.uint8))
+print(imported - start, opened - imported, time.perf_counter() - opened)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", default="light")
+    parser.add_argument("--task", default="derain")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--formats", nargs="+", default=["onnx", "aoti"], choices=["onnx", "aoti"])
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16", "bf16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    device, _ = choose_device(options.device)
+    weights = find_weights(options.weights, options.task)
+    model = load_model(weights, 2).requires_grad_(False).to(device)
+    steps = make_steps(weights.config, options.steps)
+    sides = [-(-options.size // model.multiple) * model.multiple] * 2
+    image = torch.rand(1, 3, *sides, device=device) * 2 - 1
+    noise = noise_fields(0, *sides, steps.noise_fields).to(device)
+    plain, plan = Reference(model, steps), Plan(model, steps)
+    candidates: dict[str, Any] = {
+        "reference": lambda: sample(plain, plain.prepare(image), noise),
+        "plan": lambda: sample(plan, plan.prepare(image), noise),
+    }
+    rows: dict[str, dict[str, float]] = {name: {} for name in candidates}
+    with tempfile.TemporaryDirectory() as temporary:
+        for kind in options.formats:
+            folder = Path(temporary) / kind
+            rows[kind] = {**exported(options, kind, folder), **cold_start(folder, options.device, sides[0])}
+            stepper, _, _ = open_stepper(folder, read_manifest(folder), options.device)
+            candidates[kind] = functools.partial(stepped(stepper), image, noise)
+        times: dict[str, list[float]] = {name: [] for name in candidates}
+        with torch.inference_mode():
+            for _ in range(options.rounds + 1):
+                for name, restore in candidates.items():
+                    start = time.perf_counter()
+                    restore()
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
+                    times[name].append(time.perf_counter() - start)
+    for name, seconds in times.items():
+        rows[name]["latency_s"] = statistics.median(seconds[1:])
+    for row in rows.values():
+        row["times_reference"] = rows["reference"]["latency_s"] / row["latency_s"]
+    record = {
+        "weights": weights.path.name, "preset": weights.config.model.preset, "steps": options.steps,
+        "precision": options.precision, "size": sides, "device": str(device), "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0], "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
+        "weights_mib": weights.path.stat().st_size / 2**20, "rows": rows,
+    }  # fmt: skip
+    print(json.dumps(record, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def exported(options: argparse.Namespace, kind: str, folder: Path) -> dict[str, float]:
+    command = [
+        sys.executable, "-m", "dtpm_fast.commands.export", "--task", options.task, "--weights", options.weights,
+        "--steps", str(options.steps), "--format", kind, "--precision", options.precision, "-o", str(folder),
+    ]  # fmt: skip
+    if kind == "aoti":
+        command += ["--device", options.device]
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "export_s": time.perf_counter() - start,
+        "export_cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "export_peak_mib": after.ru_maxrss / 1024,
+        "folder_mib": sum(file.stat().st_size for file in folder.iterdir()) / 2**20,
+    }
+
+
+def cold_start(folder: Path, device: str, side: int) -> dict[str, float]:
+    command = [sys.executable, "-c", COLD, str(folder), device, str(side)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return dict(zip(("import_s", "open_s", "first_picture_s"), map(float, said.split()), strict=True))
+
+
+if __name__ == "__main__":
+    main()
