@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtpm_fast.errors import UserError
-from dtpm_fast.kernels import BlockWeights, denoising_block
 from dtpm_fast.model.adapter import CGAdapter
 from dtpm_fast.model.block import Block
 from dtpm_fast.model.unet import UNet
@@ -108,10 +107,16 @@ class FoldedBlock(nn.Module):
 
 
 class KernelBlock(nn.Module):
-    """The same block through `dtpm_fast.kernels.denoising_block`, for GPUs. Channel attention takes its own mean."""
+    """The same block through `dtpm_fast.kernels.denoising_block`, for GPUs. Channel attention takes its own mean.
+
+    The kernels are imported here and not above: they need Triton, which takes a second and is not on every platform.
+    """
 
     def __init__(self, block: Block, adapter: MergedAdapter | None, dtype: torch.dtype) -> None:
+        from dtpm_fast.kernels import BlockWeights, denoising_block
+
         super().__init__()
+        self.call, self.weights = denoising_block, BlockWeights
         gamma, b5 = _double(block.gamma), _double(block.conv5.bias)
         self.residual_bias = gamma.flatten() * b5
         sca = _sca(block)
@@ -131,9 +136,9 @@ class KernelBlock(nn.Module):
         if mean is not own_mean:
             raise ValueError("the fused kernels take channel attention's mean over the map that they are given")
         shift1, scale1, shift2, scale2 = (row.expand(x.shape[0], -1).contiguous() for row in rows)
-        weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
+        weights = self.weights(*(getattr(self, name) for name in self.weights._fields))
         adapter = None if bias_map is None else (self.matrix, bias_map.permute(0, 3, 1, 2))
-        h = denoising_block(x.permute(0, 3, 1, 2), shift1, scale1 - 1, shift2, scale2 - 1, weights, adapter)
+        h = self.call(x.permute(0, 3, 1, 2), shift1, scale1 - 1, shift2, scale2 - 1, weights, adapter)
         return h.permute(0, 2, 3, 1).contiguous()
 
 
