@@ -1,6 +1,8 @@
 """The smoother's invariants over shapes, dtypes and parameters, and its agreement with scipy's sparse LU."""
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -253,3 +255,19 @@ def test_in_forked_worker_processes() -> None:
     with multiprocessing.get_context("fork").Pool(2) as pool:
         results = pool.map(rtv_smooth, [image] * 4)
     np.testing.assert_array_equal(results, [expected] * 4)
+
+
+def test_needs_at_most_ten_pictures_of_memory_besides_input_and_output() -> None:
+    script = """
+import resource
+import numpy as np
+from dtpm_fast import rtv_smooth
+image = np.random.default_rng(0).random((1024, 1024, 3), dtype=np.float32)
+out = np.zeros_like(image)
+rtv_smooth(image[:8, :8].copy())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rtv_smooth(image, iterations=1, tol=1e-2, threads=1, out=out)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / image.nbytes)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) <= 10
