@@ -34,6 +34,8 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)  # mkstemp makes it private to the user
         temporary.replace(target)
     except OSError as error:
-        raise UserError(f"{target}: could not be written ({error.strerror or error}); nothing was left behind") from error
+        raise UserError(
+            f"{target}: could not be written ({error.strerror or error}); nothing was left behind"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
