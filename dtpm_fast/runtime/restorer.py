@@ -194,6 +194,8 @@ def _advice(plan: Plan | None) -> str:
 
 
 def _describe(weights: Weights) -> str:
-    trained = ", ".join(f"{key} {value}" for key, value in weights.trained.items())
+    brief = {key: value for key, value in weights.trained.items() if not isinstance(value, (dict, list))}
+    trained = ", ".join(f"{key} {value}" for key, value in brief.items())
+    trained = f"trained: {trained}" if trained else ""
     what = f"{weights.task}, {weights.config.model.preset}" + (f"; {trained}" if trained else "")
     return f"weights {weights.path.name} ({what})"
