@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dtpm_fast.errors import UserError
 from dtpm_fast.export.manifest import Manifest
-from dtpm_fast.runtime.sampler import Conditions
+from dtpm_fast.runtime.sampler import Conditions, sample
 
 
 def write_aoti(module: nn.Module, inputs: Sequence[Tensor], dynamic: Any, file: Path, device: torch.device) -> None:
@@ -70,3 +70,6 @@ class AotiStepper:
             *(value.contiguous() for value in conditions.values()),
         )
         return next_x, x0
+
+    def restore(self, y_d: Tensor, noise: Tensor) -> Tensor:
+        return sample(self, self.prepare(y_d), noise)

@@ -57,7 +57,7 @@ def difference(
 def stepped(stepper: ExportedStepper) -> Callable[[Tensor, Tensor], Tensor]:
     """All steps on the stepper's own device, from tensors on any."""
     to = stepper.device
-    return lambda image, noise: sample(stepper, stepper.prepare(image.to(to)), noise.to(to))
+    return lambda image, noise: stepper.restore(image.to(to), noise.to(to))
 
 
 def check(found: Difference, precision: str) -> None:

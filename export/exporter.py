@@ -13,7 +13,7 @@ from torch.export import Dim
 
 from dtpm_fast.errors import UserError
 from dtpm_fast.export.aoti import AotiStepper, write_aoti
-from dtpm_fast.export.compare import Difference, check, difference, stepped
+from dtpm_fast.export.compare import Difference, ExportedStepper, check, difference, stepped
 from dtpm_fast.export.folder import whole_folder
 from dtpm_fast.export.graph import PrepareGraph, StepGraph, UnrolledGraph
 from dtpm_fast.export.manifest import (
@@ -27,13 +27,13 @@ from dtpm_fast.export.manifest import (
 )
 from dtpm_fast.export.onnx_graph import in_float32, write_onnx
 from dtpm_fast.export.ort import OrtStepper, bound_run, open_session
+from dtpm_fast.export.triton_server import NETWORK, write_repository
 from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.reference import Reference
-from dtpm_fast.runtime.sampler import Stepper, Steps, make_steps
+from dtpm_fast.runtime.sampler import Steps, make_steps
 from dtpm_fast.weights_file import Weights, load_model
 
 CPU = torch.device("cpu")
-SUFFIX = {"onnx": "onnx", "aoti": "pt2"}
 MOST_UNROLLED = 4  # steps: the file grows with them, not only with the model
 
 
@@ -57,7 +57,8 @@ def export_folder(
     device: torch.device = CPU,
     report: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
-    """Write `prepare` and `step` ("onnx": also restore.onnx with `unrolled`) and the manifest to the folder `target`.
+    """Write `prepare` and `step` ("onnx": restore.onnx as well with `unrolled`; "triton": a model repository around it)
+    and the manifest to the folder `target`.
 
     The result of the files is compared with the plain float32 model before the folder gets its name. `device` is what
     "aoti" compiles for. `report` is told what is being done. Raises `UserError`: weights of stage I, steps outside
@@ -68,33 +69,44 @@ def export_folder(
             f"--unrolled with {steps} steps as {kind}: offered for onnx and up to {MOST_UNROLLED} steps; use prepare "
             "and step"
         )
+    if kind == "triton" and steps > MOST_UNROLLED:
+        raise UserError(f"--format triton with {steps} steps: its network is unrolled, for up to {MOST_UNROLLED} steps")
     with whole_folder(target) as folder:
         report("merging")
         model = load_model(weights, stage=2).requires_grad_(False)
         sampler = make_steps(weights.config, steps)
-        graphs = make_graphs(Plan(model, sampler, PRECISIONS[precision]), model.multiple, unrolled)
+        graphs = make_graphs(Plan(model, sampler, PRECISIONS[precision]), model.multiple, unrolled or kind == "triton")
+        if kind == "triton":
+            graphs.parts = {"restore": graphs.parts["restore"]}
         manifest = manifest_of(kind, weights, sampler, precision, graphs)
         if kind == "aoti":
             manifest.engine = {"device": device.type}
         for name, (module, inputs, _, dynamic) in graphs.parts.items():
             spec = manifest.graphs[name]
             report(spec.file)
-            if kind == "onnx":
+            (folder / spec.file).parent.mkdir(parents=True, exist_ok=True)
+            if kind != "aoti":
                 write_onnx(module, list(inputs.values()), dynamic, spec.inputs, spec.outputs, folder / spec.file)
             else:
                 write_aoti(module, list(inputs.values()), dynamic, folder / spec.file, device)
         report("comparing")
-        stepper = OrtStepper(folder, manifest, CPU) if kind == "onnx" else AotiStepper(folder, manifest, device)
         m, reference = model.multiple, Reference(model, sampler)
-        found = [difference(stepped(stepper), reference, *size, seed=1) for size in ((2, 3 * m, 5 * m), (1, m, 2 * m))]
-        if unrolled:
+        found = []
+        if "step" in graphs.parts:
+            stepper: ExportedStepper
+            stepper = OrtStepper(folder, manifest, CPU) if kind == "onnx" else AotiStepper(folder, manifest, device)
+            sizes = ((2, 3 * m, 5 * m), (1, m, 2 * m))
+            found += [difference(stepped(stepper), reference, *size, seed=1) for size in sizes]
+        if "restore" in graphs.parts:
             found.append(difference(whole(folder, manifest), reference, 2, 5 * m, 3 * m, seed=2))
         accept(found, manifest)
+        if kind == "triton":
+            write_repository(folder, manifest)
         write_manifest(folder, manifest)
     return manifest
 
 
-def verify(folder: Path, manifest: Manifest, weights: Weights, stepper: Stepper) -> list[Difference]:
+def verify(folder: Path, manifest: Manifest, weights: Weights, stepper: ExportedStepper) -> list[Difference]:
     """The folder's graphs against the plain model at six sizes, batches 1, 2 and 3. Raises `UserError` when one is
     outside its bound."""
     model = load_model(weights, stage=2).requires_grad_(False)
@@ -139,7 +151,6 @@ def make_graphs(plan: Plan, multiple: int, unrolled: bool = False) -> Graphs:
 def manifest_of(kind: str, weights: Weights, sampler: Steps, precision: str, graphs: Graphs) -> Manifest:
     """All but the comparison and the hashes, which come last."""
     size = (2, 3 * graphs.multiple, 5 * graphs.multiple)
-    packages = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime-gpu"), "aoti": ("torch",)}
     return Manifest(
         kind=kind,
         task=weights.task,
@@ -149,11 +160,11 @@ def manifest_of(kind: str, weights: Weights, sampler: Steps, precision: str, gra
         sampler=sampler_of(sampler),
         noise_fields=sampler.noise_fields,
         graphs={
-            name: GraphSpec(f"{name}.{SUFFIX[kind]}", specs(inputs, *size), specs(outputs, *size))
+            name: GraphSpec(_file(kind, name), specs(inputs, *size), specs(outputs, *size))
             for name, (_, inputs, outputs, _) in graphs.parts.items()
         },
         weights={"file": weights.path.name, "sha256": sha256(weights.path), "trained": weights.trained},
-        versions={"python": platform.python_version(), **_versions(("dtpm-fast", *packages.get(kind, ())))},
+        versions={"python": platform.python_version(), **_versions(kind)},
     )
 
 
@@ -184,7 +195,14 @@ def whole(folder: Path, manifest: Manifest) -> Callable[[Tensor, Tensor], Tensor
     return restore
 
 
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+def _file(kind: str, name: str) -> str:
+    return {"onnx": f"{name}.onnx", "aoti": f"{name}.pt2", "triton": NETWORK}[kind]
+
+
+def _versions(kind: str) -> dict[str, str]:
+    packages = ["dtpm-fast", "torch"]
+    if kind != "aoti":
+        packages += ["onnx", "onnxscript", "onnxruntime-gpu"]
     found = {}
     for package in packages:
         try:

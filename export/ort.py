@@ -13,7 +13,7 @@ from torch import Tensor
 from dtpm_fast.errors import UserError
 from dtpm_fast.export.manifest import DTYPES, GraphSpec, Manifest
 from dtpm_fast.export.onnx_graph import in_float32
-from dtpm_fast.runtime.sampler import Conditions
+from dtpm_fast.runtime.sampler import Conditions, sample
 
 # IOBinding takes numpy types, and ONNX's number where numpy has none.
 ELEMENT_TYPES: dict[torch.dtype, Any] = {
@@ -55,6 +55,9 @@ class OrtStepper:
         given = {"x": x, "previous": previous, "index": self.indices[i], **conditions}
         found = self._run("step", given, x.shape)
         return found["next_x"], found["x0"]
+
+    def restore(self, y_d: Tensor, noise: Tensor) -> Tensor:
+        return sample(self, self.prepare(y_d), noise)
 
     def _run(self, name: str, given: Conditions, shape: torch.Size) -> Conditions:
         graph = self.manifest.graphs[name]

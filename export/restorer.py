@@ -14,7 +14,6 @@ from dtpm_fast.export.manifest import Manifest, read_manifest
 from dtpm_fast.export.ort import OrtStepper
 from dtpm_fast.runtime.noise import noise_fields
 from dtpm_fast.runtime.photo import from_network, open_photo, pad_to, round_up, to_network
-from dtpm_fast.runtime.sampler import sample
 
 
 class ExportedRestorer:
@@ -41,7 +40,7 @@ class ExportedRestorer:
         size = [round_up(side, self.manifest.multiple) for side in (height, width)]
         noise = pad_to(noise_fields(self.seed, height, width, self.manifest.noise_fields), *size)
         y_d = to_network(pad_to(batch.to(self.device), *size)).contiguous()
-        restored = sample(self.stepper, self.stepper.prepare(y_d), noise.to(self.device))
+        restored = self.stepper.restore(y_d, noise.to(self.device))
         return from_network(restored[..., :height, :width], batch.dtype)
 
 

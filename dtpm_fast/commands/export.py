@@ -17,7 +17,7 @@ EXAMPLE = """examples:
   dtpm-export --task deblur --weights runs/deblur/weights.safetensors --precision fp16 --verify -o deblur-fp16
 The folder appears only when it is complete and its result has been compared with the model's on random input.
 manifest.json says how to use it; docs/export.md explains."""
-FORMATS = ("onnx", "aoti")
+FORMATS = ("onnx", "aoti", "triton")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,8 +50,10 @@ def _export(options: argparse.Namespace) -> int:
     from dtpm_fast.runtime.shipped import find_weights
 
     device, _ = choose_device(options.device)
-    if options.format == "onnx" and device.type != "cpu":
+    if options.format != "aoti" and device.type != "cpu":
         raise UserError("--device: an ONNX file is for no device in particular; leave it out")
+    if options.verify and options.format == "triton":
+        raise UserError("--verify compares onnx and aoti folders; a model repository is compared as it is written")
     weights = find_weights(options.weights, options.task)
     with tqdm(total=4 + options.unrolled, disable=None, bar_format="{desc}: {n_fmt}/{total_fmt} {elapsed}") as bar:
 

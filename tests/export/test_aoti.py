@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from dtpm_fast.errors import UserError
+from dtpm_fast.export.aoti import AotiStepper
 from dtpm_fast.export.compare import difference, stepped
 from dtpm_fast.export.exporter import export_folder
 from dtpm_fast.export.manifest import read_manifest
@@ -58,8 +59,6 @@ def test_other_sizes_and_batches(package: tuple[Path, Path]) -> None:
 
 def test_another_device_is_refused(package: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match="compiled for cpu and cannot run on cuda"):
-        from dtpm_fast.export.aoti import AotiStepper
-
         AotiStepper(package[1], read_manifest(package[1]), torch.device("cuda"))
 
 
