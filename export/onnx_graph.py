@@ -1,4 +1,4 @@
-"""ONNX files from the graphs: opset 18, standard operators, named dynamic sides, one self-contained file each."""
+"""ONNX files from the graphs: opset 18 (22 with bfloat16), standard operators, named dynamic sides, one file each."""
 
 import logging
 import warnings
@@ -13,6 +13,9 @@ from dtpm_fast.errors import UserError
 from dtpm_fast.export.manifest import TensorSpec
 
 OPSET = 18
+# The first version whose Conv takes bfloat16. For the operators in these graphs the versions between add types and
+# optional attributes only, so that the number is all that changes.
+OPSET_BFLOAT16 = 22
 
 
 def write_onnx(
@@ -54,6 +57,8 @@ def write_onnx(
                 dim.dim_param = side
             else:
                 dim.dim_value = side
+    if any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in model.graph.initializer):
+        model.opset_import[0].version = OPSET_BFLOAT16
     onnx.checker.check_model(model, full_check=True)
     foreign = sorted({node.domain for node in model.graph.node} - {"", "ai.onnx"})
     if foreign or model.functions:
