@@ -73,7 +73,7 @@ def estimate(
 ) -> Estimate:
     """f_theta(x_t, y, gamma) of eq. 4 and 6 as estimates of eps and of the residual."""
     c_in, eps_x, eps_f, x0_x, x0_f = scalings(gamma, model.config)
-    output = model.denoise(c_in * x_t, y, gamma, code, y_eps).float()
+    output = model.denoise(c_in * x_t, y, gamma, code, y_eps).to(x_t.dtype)  # autocast's may be narrower
     return Estimate(eps=eps_x * x_t + eps_f * output, x0=x0_x * x_t + x0_f * output)
 
 

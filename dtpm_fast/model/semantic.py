@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 from dtpm_fast.errors import UserError
 
 COMPACT_FILE = Path(__file__).parent.parent / "weights" / "compact.safetensors"
-RESNET18 = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-RESNET18_SHA256_PREFIX = "f37072fd"  # torchvision puts the first 8 digits of the file's SHA-256 into its name
+# torchvision's IMAGENET1K_V1 weights; the name carries the first 8 digits of the file's SHA-256.
+RESNET18_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+RESNET18_SHA256_PREFIX = "f37072fd"
 
 
 class SemanticEncoder(nn.Module):
@@ -51,12 +51,16 @@ class SemanticEncoder(nn.Module):
 
 def compact_encoder() -> SemanticEncoder:
     """The trunk of torchvision's MobileNetV3-Small (0.93M parameters), 576-d code, with fresh weights."""
-    return SemanticEncoder(torchvision.models.mobilenet_v3_small(weights=None).features, 576)
+    from torchvision.models import mobilenet_v3_small  # here: the import takes over a second, and "none" needs none
+
+    return SemanticEncoder(mobilenet_v3_small(weights=None).features, 576)
 
 
 def resnet18_encoder() -> SemanticEncoder:
     """The trunk of ResNet-18 (the paper's encoder), 512-d code, with fresh weights."""
-    resnet = torchvision.models.resnet18(weights=None)
+    from torchvision.models import resnet18
+
+    resnet = resnet18(weights=None)
     return SemanticEncoder(nn.Sequential(*list(resnet.children())[:-2]), 512)
 
 
@@ -84,18 +88,18 @@ def load_resnet18(file: Path | str | None = None) -> dict[str, Tensor]:
             digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
             if not digest.startswith(RESNET18_SHA256_PREFIX):
                 raise UserError(
-                    f"{file}: is not torchvision's {Path(RESNET18.url).name} "
+                    f"{file}: is not torchvision's {Path(RESNET18_URL).name} "
                     f"(SHA-256 {digest[:8]}..., expected {RESNET18_SHA256_PREFIX}...)"
                 )
             state = torch.load(file, map_location="cpu", weights_only=True)
         else:
             state = torch.hub.load_state_dict_from_url(
-                RESNET18.url, map_location="cpu", check_hash=True, weights_only=True
+                RESNET18_URL, map_location="cpu", check_hash=True, weights_only=True
             )
     except (OSError, RuntimeError) as error:
-        where = str(file) if file is not None else RESNET18.url
+        where = str(file) if file is not None else RESNET18_URL
         raise UserError(
-            f"ResNet-18 for the semantic code: {where} cannot be read ({error}). Download {RESNET18.url} on a machine "
+            f"ResNet-18 for the semantic code: {where} cannot be read ({error}). Download {RESNET18_URL} on a machine "
             f"with a network and set DTPM_RESNET18 to the file, or train with --set semantic_code=compact"
         ) from error
     return resnet18_trunk_state(state)
@@ -103,10 +107,9 @@ def load_resnet18(file: Path | str | None = None) -> dict[str, Tensor]:
 
 def resnet18_trunk_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """torchvision's names (conv1, bn1, layer1 ...) as the indices of our trunk."""
-    index = {
-        name: str(i)
-        for i, (name, _) in enumerate(list(torchvision.models.resnet18(weights=None).named_children())[:-2])
-    }
+    from torchvision.models import resnet18
+
+    index = {name: str(i) for i, (name, _) in enumerate(list(resnet18(weights=None).named_children())[:-2])}
     trunk = {}
     for key, value in state.items():
         child, _, rest = key.partition(".")

@@ -1,0 +1,67 @@
+"""The semantic encoders: shipped, downloaded by hash, and what happens offline."""
+
+import pytest
+import torch
+from torchvision.models import ResNet18_Weights, mobilenet_v3_small, resnet18
+
+from dtpm_fast.config import Config
+from dtpm_fast.errors import UserError
+from dtpm_fast.model.dtpm import DTPM, load_semantic_weights
+from dtpm_fast.model.semantic import (
+    RESNET18_URL,
+    compact_encoder,
+    load_compact,
+    load_resnet18,
+    resnet18_encoder,
+    resnet18_trunk_state,
+)
+
+
+def test_the_shipped_compact_encoder_loads_and_stays_frozen():
+    model = DTPM(Config.of(preset="tiny").model, 1)
+    load_semantic_weights(model)
+    model.train()
+    assert not model.semantic.training and not any(p.requires_grad for p in model.semantic.parameters())
+    assert sum(p.numel() for p in model.semantic.parameters()) < 1_000_000
+    photo = torch.rand(2, 3, 60, 90) * 2 - 1
+    code = model.code(photo)
+    assert code.shape == (2, 576) and torch.isfinite(code).all() and not torch.allclose(code[0], code[1])
+    assert torch.equal(code, model.code(photo))
+
+
+def test_compact_is_torchvisions_trunk():
+    assert set(load_compact()) == {f"trunk.{key}" for key in mobilenet_v3_small(weights=None).features.state_dict()}
+    compact_encoder().load_state_dict(load_compact(), strict=True)
+
+
+def test_resnet18_pooled_feature_is_torchvisions():
+    torch.manual_seed(0)
+    resnet, encoder = resnet18(weights=None).eval(), resnet18_encoder()
+    encoder.load_state_dict(resnet18_trunk_state(resnet.state_dict()), strict=True)
+    image = torch.rand(1, 3, 224, 224) * 2 - 1
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    resnet.fc = torch.nn.Identity()
+    torch.testing.assert_close(encoder(image), resnet((image * 0.5 + 0.5 - mean) / std).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_address_is_torchvisions():
+    assert ResNet18_Weights.IMAGENET1K_V1.url == RESNET18_URL
+
+
+def test_another_file_is_refused_by_its_hash(tmp_path):
+    file = tmp_path / "resnet18.pth"
+    torch.save(resnet18(weights=None).state_dict(), file)
+    with pytest.raises(UserError, match=r"is not torchvision's resnet18-f37072fd\.pth"):
+        load_resnet18(file)
+    with pytest.raises(UserError, match="DTPM_RESNET18"):
+        load_resnet18(tmp_path / "absent.pth")
+
+
+def test_offline_the_error_says_what_to_do(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.delenv("DTPM_RESNET18", raising=False)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth .*set DTPM_RESNET18 .*semantic_code=compact"):
+        load_resnet18()
