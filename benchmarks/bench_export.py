@@ -75,7 +75,7 @@ def main() -> None:
         for kind in options.formats:
             folder = Path(temporary) / kind
             rows[kind] = {**exported(options, kind, folder), **cold_start(folder, options.device, sides[0])}
-            stepper, _, _ = open_stepper(folder, read_manifest(folder), options.device)
+            stepper, _, _ = open_stepper(folder, read_manifest(folder), options.device, torch.get_num_threads())
             candidates[kind] = functools.partial(stepped(stepper), image, noise)
         times: dict[str, list[float]] = {name: [] for name in candidates}
         with torch.inference_mode():

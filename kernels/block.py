@@ -42,7 +42,7 @@ def denoising_block(
     Raises: `ValueError` for a wrong shape, stride or device, `TypeError` for a wrong dtype.
     """
     x, *cast = cast_for_autocast(x, *weights[:12], *(adapter or ()))  # beta and gamma are read in any dtype
-    weights, adapter = BlockWeights(*cast[:12], *weights[12:]), (cast[12], cast[13]) if adapter else None
+    weights, adapter = BlockWeights._make([*cast[:12], *weights[12:]]), (cast[12], cast[13]) if adapter else None
     modulation = Modulation(shift1, scale1, shift2, scale2)
     _check(x, modulation, weights, adapter)
     if not runs_triton(x):

@@ -15,6 +15,7 @@ MISSING = cuda_unavailable()
 def needs_gpu(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.gpu(pytest.mark.skipif(MISSING is not None, reason=str(MISSING))(test))
 
+
 @pytest.mark.parametrize("shape", [(64, 80), (31, 17, 3), (130, 96, 96, 3), (2, 513, 300, 3), (1, 1, 1, 1)])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32, torch.float64])
 @needs_gpu

@@ -113,19 +113,16 @@ class KernelBlock(nn.Module):
     """
 
     def __init__(self, block: Block, adapter: MergedAdapter | None, dtype: torch.dtype) -> None:
-        from dtpm_fast.kernels import BlockWeights, denoising_block
+        from dtpm_fast.kernels import BlockWeights, block_weights, denoising_block
 
         super().__init__()
+        self.matrix: Tensor | None
         self.call, self.weights = denoising_block, BlockWeights
         gamma, b5 = _double(block.gamma), _double(block.conv5.bias)
         self.residual_bias = gamma.flatten() * b5
-        sca = _sca(block)
-        parameters = BlockWeights(
-            block.conv1.weight, block.conv1.bias, block.conv2.weight, block.conv2.bias, sca.weight, sca.bias,
-            block.conv3.weight, block.conv3.bias, block.conv4.weight, block.conv4.bias, block.conv5.weight,
-            b5 if adapter is None else torch.zeros_like(b5),  # M b5 is a part of the bias map
-            block.beta, block.gamma,
-        )  # fmt: skip
+        parameters = block_weights(block)
+        if adapter is not None:
+            parameters = parameters._replace(conv5_bias=torch.zeros_like(b5))  # M b5 is a part of the bias map
         for name, value in zip(BlockWeights._fields, parameters, strict=True):
             self.register_buffer(name, value.detach().to(dtype).contiguous())
         self.register_buffer("matrix", None if adapter is None else adapter.matrix.to(dtype).contiguous())
@@ -137,7 +134,7 @@ class KernelBlock(nn.Module):
             raise ValueError("the fused kernels take channel attention's mean over the map that they are given")
         shift1, scale1, shift2, scale2 = (row.expand(x.shape[0], -1).contiguous() for row in rows)
         weights = self.weights(*(getattr(self, name) for name in self.weights._fields))
-        adapter = None if bias_map is None else (self.matrix, bias_map.permute(0, 3, 1, 2))
+        adapter = None if bias_map is None or self.matrix is None else (self.matrix, bias_map.permute(0, 3, 1, 2))
         h = self.call(x.permute(0, 3, 1, 2), shift1, scale1 - 1, shift2, scale2 - 1, weights, adapter)
         return h.permute(0, 2, 3, 1).contiguous()
 

@@ -75,9 +75,7 @@ def test_a_rerun_does_only_what_is_missing(photos: Path, tmp_path: Path) -> None
     assert changed == {lost, Path(str(lost).replace("smooth/deep", "clean/deep"))}
 
 
-def test_broken_photos_are_named_at_the_end(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_broken_photos_are_named_at_the_end(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (photos / "broken.jpg").write_bytes(b"not a picture")
     truncated = (photos / "one.png").read_bytes()[:2000]
     (photos / "deep" / "cut.png").write_bytes(truncated)
