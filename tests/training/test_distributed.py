@@ -17,6 +17,7 @@ from dtpm_fast.train import main
 from dtpm_fast.training.checkpoints import list_states
 from dtpm_fast.training.world import World
 
+HANGS = 300  # seconds after which a run that should take half a minute counts as hung
 SETTINGS = ("steps=12", "log_every=1", "validation_images=1", "validate_every=6", "checkpoint_every=3", "accumulate=2")
 
 
@@ -61,7 +62,11 @@ def test_two_processes_equal_one_with_the_double_batch(photos, tmp_path, tiny, s
         )
         for i in (0, 1)
     ]
-    said = [rank.communicate()[0] for rank in ranks]
+    try:
+        said = [rank.communicate(timeout=HANGS)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert "2 processes (gloo)" in said[0] and "psnr_result" in said[0] and said[1] == ""
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # rank 0 alone writes
@@ -77,11 +82,15 @@ def test_torchrun_restarts_a_killed_worker_from_the_newest_checkpoint(photos, tm
         agent = subprocess.Popen(
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=subprocess.STDOUT
         )
-        while not list_states(output):
-            assert agent.poll() is None, said.read_text()
-            time.sleep(0.02)
-        os.kill(_workers(agent.pid)[-1], signal.SIGKILL)
-        assert agent.wait() == 0, said.read_text()
+        try:
+            deadline = time.monotonic() + HANGS
+            while not list_states(output):
+                assert agent.poll() is None and time.monotonic() < deadline, said.read_text()
+                time.sleep(0.02)
+            os.kill(_workers(agent.pid)[-1], signal.SIGKILL)
+            assert agent.wait(timeout=HANGS) == 0, said.read_text()
+        finally:
+            agent.terminate()
     assert "resumed at iteration" in said.read_text()
     assert_same_curve(output, single)
 
