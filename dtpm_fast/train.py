@@ -23,7 +23,7 @@ EXAMPLES = """examples:
       --output runs/derain --set crop=96 batch_size=8 steps=6000
   python -m dtpm_fast.train --stage 2 --task dehaze --data photos --prior runs/prior/weights.safetensors \\
       --output runs/dehaze
-  torchrun --nproc-per-node 8 --max-restarts 3 -m dtpm_fast.train --stage 1 --data photos --output runs/prior
+  torchrun --nproc-per-node 8 -m dtpm_fast.train --stage 1 --data photos --output runs/prior
 Every setting (--set, or a TOML file for --config) is described in dtpm_fast/config.py; the defaults are the paper's."""
 
 

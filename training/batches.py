@@ -51,11 +51,11 @@ class _Indices:
     def __init__(self, config: Config, first: int, world: World) -> None:
         self.train, self.first, self.world = config.train, first, world
 
-    def __iter__(self) -> Iterator[range]:
+    def __iter__(self) -> Iterator[list[int]]:
         train, world = self.train, self.world
         for turn in range(self.first * train.accumulate, train.steps * train.accumulate):
             start = (turn * world.size + world.rank) * train.batch_size
-            yield range(start, start + train.batch_size)
+            yield list(range(start, start + train.batch_size))
 
 
 def usable_cores() -> int:

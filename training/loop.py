@@ -2,6 +2,7 @@
 iteration i is a function of the seed and i alone: a run that was killed and resumed ends in the same bits on the CPU,
 and N processes train as one with N times the batch."""
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -65,7 +66,7 @@ def train(run: Run, resume: bool = False) -> Path:
             try:
                 trainer.run_to_the_end(log)
             except KeyboardInterrupt:
-                trainer.save()
+                trainer.save()  # rank 0's task; the others only stop
                 raise UserError(f"stopped at iteration {trainer.step}; the state is saved, --resume goes on") from None
         return trainer.save()
 
@@ -147,7 +148,7 @@ class Trainer:
         return run.folder / "weights.safetensors"
 
     def resume(self, resume: bool) -> None:
-        """Go on from the newest state that can be read; after a restart by torchrun also when it was not asked for."""
+        """Go on from the newest state that can be read."""
         run = self.run
         state = _resumable(run, resume) if run.world.leads else None
         state = run.world.from_rank_0(state)  # the folder may be on the first machine alone
@@ -167,7 +168,10 @@ class Trainer:
         if self.run.world.size > 1:
             devices = [self.run.device] if self.run.device.type == "cuda" else None
             # Buffers never change: those of the semantic encoder are frozen with it.
-            self.objective = DistributedDataParallel(self.objective, devices, broadcast_buffers=False)
+            known = inspect.signature(DistributedDataParallel.__init__).parameters  # renamed in torch 2.15
+            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            options: dict[str, Any] = {name: False}
+            self.objective = DistributedDataParallel(self.objective, devices, **options)
         if self.run.config.train.compile:
             self.objective.compile()
 
@@ -186,8 +190,9 @@ class Trainer:
             return
         with self.ema.applied():
             results, picture = validate(self.model.eval(), run.config, run.validation, run.device)
-            if score(results) > self.best:
-                self.best = score(results)
+            reached = score(results)
+            if reached > self.best:
+                self.best = reached
                 self._save_weights("weights-best.safetensors", validation=results)
         self.model.train()
         log.validation(self.step, results, picture)
@@ -226,10 +231,10 @@ def _resumable(run: Run, resume: bool) -> dict[str, Any] | None:
     for line in broken:
         print(line)
     if state is None:
-        if resume and not run.world.restarted:
+        if resume:
             raise UserError(f"{run.folder}: nothing to resume, no readable checkpoint in it")
         return None
-    if not resume and not run.world.restarted:
+    if not resume:
         raise UserError(
             f"{run.folder}: already holds a run at iteration {state['step']}; add --resume or choose another folder"
         )

@@ -25,16 +25,12 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    restarted: bool = False  # torchrun started the processes again after one had failed
 
     @staticmethod
     def from_environment() -> "World":
         """As torchrun's variables say."""
-        rank, size, local_rank, restarts = (
-            int(os.environ.get(name, default))
-            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("TORCHELASTIC_RESTART_COUNT", 0))
-        )
-        return World(rank, size, local_rank, restarts > 0)
+        names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        return World(*(int(os.environ.get(name, default)) for name, default in names))
 
     @property
     def leads(self) -> bool:

@@ -1,12 +1,9 @@
-"""Several processes train as one with their batches together, and torchrun brings a killed one back."""
+"""Several processes train as one with their batches together."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dtpm_fast.errors import UserError
 from dtpm_fast.train import main
-from dtpm_fast.training.checkpoints import list_states
 from dtpm_fast.training.world import World
 
 HANGS = 300  # seconds after which a run that should take half a minute counts as hung
@@ -73,39 +69,12 @@ def test_two_processes_equal_one_with_the_double_batch(photos, tmp_path, tiny, s
     assert_same_curve(tmp_path / "two", single)
 
 
-@pytest.mark.slow
-def test_torchrun_restarts_a_killed_worker_from_the_newest_checkpoint(photos, tmp_path, tiny, single):
-    output, said = tmp_path / "killed", tmp_path / "output.txt"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "--max-restarts", "1", "-m", "dtpm_fast.train", *arguments(photos, output, tiny)]
-    with said.open("w") as file:
-        agent = subprocess.Popen(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=subprocess.STDOUT
-        )
-        try:
-            deadline = time.monotonic() + HANGS
-            while not list_states(output):
-                assert agent.poll() is None and time.monotonic() < deadline, said.read_text()
-                time.sleep(0.02)
-            os.kill(_workers(agent.pid)[-1], signal.SIGKILL)
-            assert agent.wait(timeout=HANGS) == 0, said.read_text()
-        finally:
-            agent.terminate()
-    assert "resumed at iteration" in said.read_text()
-    assert_same_curve(output, single)
-
-
-def _workers(agent: int) -> list[int]:
-    children = [int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
-    return [pid for pid in children if b"dtpm_fast.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
 def test_the_world_is_read_from_torchruns_variables(monkeypatch):
     assert World.from_environment() == World(0, 1, 0)
-    for name, value in {"RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1, "TORCHELASTIC_RESTART_COUNT": 2}.items():
+    for name, value in {"RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1}.items():
         monkeypatch.setenv(name, str(value))
     world = World.from_environment()
-    assert world == World(9, 16, 1, restarted=True)
+    assert world == World(9, 16, 1)
     assert not world.leads and not world.checks_data
     assert world.device("cpu")[0] == torch.device("cpu")
     with pytest.raises(UserError, match="its own device"):
