@@ -1,5 +1,9 @@
 """Small random models, for every test that needs one."""
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,10 @@ import torch
 from dtpm_fast.config import Config
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.weights_file import save_weights
+
+# What torch.compile leaves behind is this run's own: a killed process may have left half a library in the shared cache.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="dtpm-fast-inductor-")
+atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 def _random_model(seed: int = 0, stage: int = 2, **settings: Any) -> tuple[DTPM, Config]:

@@ -93,16 +93,20 @@ class Trainer:
     def run_to_the_end(self, log: Log) -> None:
         settings, world = self.run.config.train, self.run.world
         self.parallelise()
+        losses: list[Tensor] = []  # one batch says little: its noise levels are drawn at random
         loader = batches(self.run.data, self.run.config, self.step, world, self.run.device.type == "cuda")
         while self.step < settings.steps:
             with self.meter.waiting():
                 share = list(islice(loader, settings.accumulate))
             loss, gradient = self.iterate(share)
+            losses.append(loss)
             self.meter.count(settings.batch_size * settings.accumulate * world.size)
             log.bar.update()
             last = self.step == settings.steps
             if last or self.step % settings.log_every == 0:
-                figures = {"loss": world.mean(loss), "gradient_norm": gradient.item(), **self.meter.read()}
+                mean = world.mean(torch.stack(losses).mean())
+                losses.clear()
+                figures = {"loss": mean, "gradient_norm": gradient.item(), **self.meter.read()}
                 figures["lr"] = self.optimizer.param_groups[0]["lr"]
                 log.training(self.step, {**figures, "peak_memory_gib": peak_memory(self.run.device)})
             with self.meter.paused():
