@@ -1,7 +1,7 @@
 """The kernels against eager PyTorch and torch.compile, side by side in one run.
 
-    pytest benchmarks/bench_kernels.py --benchmark-enable --benchmark-json=benchmarks/results/kernels.json
-    pytest benchmarks/bench_kernels.py --benchmark-enable -k "block and 64 and bfloat16"
+    pytest benchmarks/bench_kernels.py --benchmark-only --benchmark-json=benchmarks/results/kernels.json
+    pytest benchmarks/bench_kernels.py --benchmark-only -k "block and 64 and bfloat16"
 
 A case's own time is the fused form's. Its extra_info holds, for every form, the 20/50/80 quantiles in milliseconds, the
 peak memory, and the ratio to the fused form; for the fused form also the predicted bytes and the share of the copy
