@@ -146,6 +146,9 @@ def _on_cluster(jobs: list[Job], address: str) -> Iterator[tuple[int, str | None
     """The same as Ray tasks, one a photo and a core: Ray spreads them, and starts those of a lost machine again."""
     try:
         import ray
+
+        if getattr(ray, "__file__", None) is None:  # any folder of that name on the path imports as an empty package
+            raise ImportError("the folder ray is no package")
     except ImportError as error:
         raise UserError("--cluster needs Ray: pip install 'dtpm-fast[cluster]'") from error
     if not jobs:
