@@ -83,8 +83,8 @@ class TrainConfig:
     clip_grad: float = 1.0  # largest gradient norm; 0 turns clipping off
     ema: float = 0.9999  # reached gradually: min(ema, (1 + step) / (10 + step))
     # What stage II trains of the prior: nothing ("adapters", the paper), or table 6's fine-tuning rows; "all" is for
-    # "w/o Stage I Training".
-    tune: Literal["adapters", "encoder", "decoder", "encoder_decoder", "all"] = "adapters"
+    # "w/o Stage I Training". "predictor" trains the initial predictor alone, on its own L1 loss: a cheap start.
+    tune: Literal["adapters", "predictor", "encoder", "decoder", "encoder_decoder", "all"] = "adapters"
     predictor_loss: float = 0.0  # weight of an L1 loss on the predictor itself; 0 as in the paper
     synthetic_share: float = 0.5  # share of synthetic samples when --synthetic stands beside real pairs
     strength: float = 1.0  # of the synthetic degradations

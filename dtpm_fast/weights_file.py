@@ -112,3 +112,19 @@ def fill(model: DTPM, weights: Weights) -> None:
     if missing:
         raise UserError(f"{weights.path}: lacks {len(missing)} tensors of this model, the first is {missing[0]}")
     model.load_state_dict(weights.tensors, strict=False)
+
+
+def fill_trained(model: DTPM, weights: Weights) -> None:
+    """Copy what of the file this model trains (`requires_grad`): the denoiser of a file of either stage into stage I,
+    adapters and predictor of any task into stage II. Raises `UserError` naming the first tensor that is missing or does
+    not fit."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():
+        found = weights.tensors.get(name)
+        if found is None or found.shape != parameter.shape:
+            had = "no such tensor" if found is None else f"shape {tuple(found.shape)}"
+            raise UserError(
+                f"{weights.path}: cannot start from it: {name} has shape {tuple(parameter.shape)} here, the file has {had}"
+                f" (it holds stage {weights.stage} of preset {weights.config.model.preset})"
+            )
+    model.load_state_dict({name: weights.tensors[name] for name in trained}, strict=False)

@@ -1,9 +1,11 @@
-"""What stage II trains. The paper freezes the whole prior; table 6's other rows fine-tune a part of it."""
+"""What stage II trains. The paper freezes the whole prior; table 6's other rows fine-tune a part of it. "predictor" trains
+the initial predictor alone, on its own loss: a cheap start for small budgets."""
 
 from dtpm_fast.model.dtpm import DTPM
 
 _DENOISER = {
     "adapters": (),
+    "predictor": (),
     "encoder": ("intro.", "encoders.", "downs.", "middle_blks."),
     "decoder": ("ups.", "decoders.", "ending."),
     "encoder_decoder": ("intro.", "encoders.", "downs.", "middle_blks.", "ups.", "decoders.", "ending."),
@@ -19,4 +21,6 @@ def freeze(model: DTPM, tune: str) -> None:
         if name.startswith("denoiser."):
             parameter.requires_grad_(name.removeprefix("denoiser.").startswith(prefixes))
         else:
-            parameter.requires_grad_(name.startswith(("adapters.", "predictor.")))
+            parameter.requires_grad_(
+                name.startswith("predictor." if tune == "predictor" else ("adapters.", "predictor."))
+            )

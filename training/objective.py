@@ -9,7 +9,7 @@ from dtpm_fast.model.dtpm import DTPM
 
 class Objective(nn.Module):
     """Eq. 4 for a pair (x_g, y_s) of stage I; eq. 6 for a pair (y_d, y_g) of stage II, with the predictor's own loss
-    when the config gives it a weight."""
+    when the config gives it a weight, or with that alone (`tune = "predictor"`)."""
 
     def __init__(self, model: DTPM, config: Config) -> None:
         super().__init__()
@@ -20,5 +20,7 @@ class Objective(nn.Module):
         diffusion, weight = self.config.diffusion, self.config.train.predictor_loss
         if self.model.stage == 1:
             return stage1_loss(self.model, diffusion, first, second, eps, gamma)
+        if self.config.train.tune == "predictor":
+            return (self.model.predict(first) - second).abs().mean()
         loss, y_eps = stage2_loss(self.model, diffusion, second, first, eps, gamma)
         return loss + weight * (y_eps - second).abs().mean() if weight else loss

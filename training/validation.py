@@ -20,7 +20,7 @@ def validate(
 
     Stage I: the epsilon loss at 5 noise levels (`eps_loss_0` the cleanest), and how near the texture drawn from the
     prior comes to the photo (PSNR over RGB in dB), next to the smoothed picture's own. Stage II: PSNR over RGB of the
-    input, of the predictor's picture and of the result.
+    input, of the predictor's picture and, unless the predictor trains alone, of the result.
     """
     generator = torch.Generator().manual_seed(0)
     steps = config.train.validation_steps
@@ -40,22 +40,26 @@ def validate(
             row = [y_s, drawn, drawn - y_s, x_g]
         else:
             y_d, y_g = a, b
-            result, y_eps = restore(model, y_d, noise, steps, config.diffusion)
-            named = {"input": y_d, "predictor": y_eps, "result": result}
+            if config.train.tune == "predictor":
+                named = {"input": y_d, "predictor": model.predict(y_d)}
+            else:
+                result, y_eps = restore(model, y_d, noise, steps, config.diffusion)
+                named = {"input": y_d, "predictor": y_eps, "result": result}
             figure = {f"psnr_{name}": _psnr(image, y_g) for name, image in named.items()}
-            row = [y_d, y_eps, result, y_g]
+            row = [*named.values(), y_g]
         figures.append(figure)
         if len(rows) < 4:
             rows.append(torch.cat(row).float().cpu())
     means = {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}
-    return means, make_grid(torch.cat(rows) * 0.5 + 0.5, nrow=4).clamp(0, 1)
+    return means, make_grid(torch.cat(rows) * 0.5 + 0.5, nrow=len(row)).clamp(0, 1)
 
 
 def score(figures: dict[str, float]) -> float:
-    """How good a validation is, higher is better: PSNR of stage II's result; in stage I, where each level counts the
+    """How good a validation is, higher is better: PSNR of stage II's result (of the predictor, where it trains alone); in stage I, where each level counts the
     same, the mean epsilon loss with its sign changed."""
-    if "psnr_result" in figures:
-        return figures["psnr_result"]
+    for name in ("psnr_result", "psnr_predictor"):
+        if name in figures:
+            return figures[name]
     return -sum(figures[f"eps_loss_{level}"] for level in range(LEVELS)) / LEVELS
 
 
