@@ -124,7 +124,7 @@ def fill_trained(model: DTPM, weights: Weights) -> None:
         if found is None or found.shape != parameter.shape:
             had = "no such tensor" if found is None else f"shape {tuple(found.shape)}"
             raise UserError(
-                f"{weights.path}: cannot start from it: {name} has shape {tuple(parameter.shape)} here, the file has {had}"
-                f" (it holds stage {weights.stage} of preset {weights.config.model.preset})"
+                f"{weights.path}: cannot start from it: {name} has shape {tuple(parameter.shape)} here, the file has "
+                f"{had} (it holds stage {weights.stage} of preset {weights.config.model.preset})"
             )
     model.load_state_dict({name: weights.tensors[name] for name in trained}, strict=False)

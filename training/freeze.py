@@ -1,5 +1,5 @@
-"""What stage II trains. The paper freezes the whole prior; table 6's other rows fine-tune a part of it. "predictor" trains
-the initial predictor alone, on its own loss: a cheap start for small budgets."""
+"""What stage II trains. The paper freezes the whole prior; table 6's other rows fine-tune a part of it. "predictor"
+trains the initial predictor alone, on its own loss: a cheap start for small budgets."""
 
 from dtpm_fast.model.dtpm import DTPM
 

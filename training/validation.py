@@ -55,8 +55,8 @@ def validate(
 
 
 def score(figures: dict[str, float]) -> float:
-    """How good a validation is, higher is better: PSNR of stage II's result (of the predictor, where it trains alone); in stage I, where each level counts the
-    same, the mean epsilon loss with its sign changed."""
+    """How good a validation is, higher is better: PSNR of stage II's result (of the predictor, where it trains alone);
+    in stage I, where each level counts the same, the mean epsilon loss with its sign changed."""
     for name in ("psnr_result", "psnr_predictor"):
         if name in figures:
             return figures[name]
