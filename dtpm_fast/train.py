@@ -10,6 +10,7 @@ from dtpm_fast.commands.run import run as run_command
 from dtpm_fast.config import Config
 from dtpm_fast.errors import UserError
 from dtpm_fast.model.dtpm import DTPM, load_semantic_weights
+from dtpm_fast.runtime.shipped import find_prior
 from dtpm_fast.tasks import TASKS, check_task
 from dtpm_fast.training.freeze import freeze
 from dtpm_fast.training.loop import Run, train
@@ -58,7 +59,9 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, help="settings as a TOML file")
     parser.add_argument("--set", dest="settings", action="extend", nargs="+", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--prior", type=Path, help="stage 1 weights that stage 2 starts from")
+    parser.add_argument(
+        "--prior", help="stage 1 weights that stage 2 starts from: a file, or light, the prior that ships"
+    )
     parser.add_argument("--init", type=Path, help="weights whose trained part this run starts from (fine-tuning)")
     parser.add_argument("--smoothed", type=Path, help="stage 1: the photos as dtpm-smooth wrote them (else on the fly)")
     parser.add_argument("--synthetic", type=Path, help="stage 2: clean photos to degrade, beside the real pairs")
@@ -76,9 +79,7 @@ def _train(args: argparse.Namespace) -> Path:
     world = World.from_environment()
     device, why = world.device(args.device)
     world.say(f"device: {why}")
-    prior = None if args.prior is None else read_weights(args.prior)
-    if prior is not None and prior.stage != 1:
-        raise UserError(f"{args.prior}: holds stage {prior.stage} weights; --prior takes stage 1 weights")
+    prior = None if args.prior is None else find_prior(args.prior)
     defaults: dict[str, Any] = {}
     if prior is not None:
         defaults = {**asdict(prior.config.model), **asdict(prior.config.diffusion)}

@@ -1,10 +1,13 @@
-"""Weights as safetensors with the config inside: one file is all that restoring needs.
+"""Weights as safetensors with the config inside: one file is all that restoring needs, or two where several tasks share
+their prior.
 
 The header's metadata: `format`, `stage` (1 or 2), `task` (stage II), `config` (JSON of model and diffusion), `trained`
 (JSON, free-form: data, steps, device). The ResNet-18 of the semantic code is not stored (torchvision fetches it by
-hash); the compact encoder is.
+hash); the compact encoder is. A task's file may hold its adapters and predictor alone: `prior` (JSON: `file`, `sha256`)
+then names the stage I file beside it that holds the rest.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +36,7 @@ class Weights:
     task: str
     tensors: dict[str, Tensor]
     trained: dict[str, Any] = field(default_factory=dict)
+    prior: dict[str, str] = field(default_factory=dict)  # file and sha256, where the prior is a file of its own
 
 
 def save_weights(
@@ -43,8 +47,10 @@ def save_weights(
     task: str = "",
     trained: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    prior: dict[str, str] | None = None,
 ) -> None:
-    """Write a model's state dict; `dtype` converts floating-point tensors (float16 halves the file)."""
+    """Write a model's state dict; `dtype` converts floating-point tensors (float16 halves the file). With `prior`, the
+    tensors are a task's alone and `prior` says which file beside it has the rest."""
     kept = {}
     for key, value in tensors.items():
         if key.startswith("semantic.") and config.model.semantic_code != "compact":
@@ -55,12 +61,15 @@ def save_weights(
         "format": FORMAT, "stage": str(stage), "task": task, "config": config.to_json(),
         "trained": json.dumps(trained or {}),
     }  # fmt: skip
+    if prior is not None:
+        metadata["prior"] = json.dumps(prior)
     with atomic_path(path) as temporary:
         save_file(kept, temporary, metadata)
 
 
 def read_weights(path: Path | str) -> Weights:
-    """Read a weights file. Raises `UserError` when it is missing, damaged, or not one of ours."""
+    """Read a weights file, and the prior that it names. Raises `UserError` when one is missing, damaged, or not one of
+    ours, and when the prior is another than the one it was trained with."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
@@ -71,13 +80,36 @@ def read_weights(path: Path | str) -> Weights:
                 raise UserError(f"{path}: not weights of dtpm-fast (no {FORMAT!r} in its header)")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
         config = Config.from_json(metadata["config"])
-        return Weights(
-            path, config, int(metadata["stage"]), metadata["task"], tensors, json.loads(metadata.get("trained", "{}"))
-        )
+        prior = json.loads(metadata.get("prior", "{}"))
+        if prior:
+            tensors = {**_prior_tensors(path, prior), **tensors}
+        trained = json.loads(metadata.get("trained", "{}"))
+        return Weights(path, config, int(metadata["stage"]), metadata["task"], tensors, trained, prior)
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def sha256(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _prior_tensors(path: Path, prior: dict[str, str]) -> dict[str, Tensor]:
+    name = str(prior["file"])
+    if Path(name).name != name:
+        raise UserError(f"{path}: names its prior {name!r}, which is no plain file name")
+    beside = path.parent / name
+    if not beside.is_file():
+        raise UserError(f"{path}: holds a task's adapters and predictor alone; its prior {name} is not beside it")
+    found = sha256(beside)
+    if found != prior["sha256"]:
+        raise UserError(
+            f"{beside}: is not the prior that {path.name} was trained with (SHA-256 {found[:12]}..., "
+            f"expected {str(prior['sha256'])[:12]}...)"
+        )
+    return read_weights(beside).tensors
 
 
 def load_model(weights: Weights, stage: int | None = None) -> DTPM:

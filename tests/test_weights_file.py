@@ -5,7 +5,9 @@ from safetensors.torch import save_file
 from dtpm_fast.config import Config
 from dtpm_fast.errors import UserError
 from dtpm_fast.model.dtpm import DTPM
-from dtpm_fast.weights_file import fill, load_model, read_weights, save_weights
+from dtpm_fast.training.freeze import freeze
+from dtpm_fast.training.pack import pack
+from dtpm_fast.weights_file import fill, fill_trained, load_model, read_weights, save_weights, sha256
 
 
 def make(preset="tiny", stage=2, **settings):
@@ -44,6 +46,68 @@ def test_another_presets_weights_do_not_fit(tmp_path):
     other, _ = make("light")
     with pytest.raises(UserError, match=r"does not fit this model: .* preset is tiny"):
         fill(other, read_weights(tmp_path / "w.safetensors"))
+
+
+def test_a_task_beside_its_prior(tmp_path):
+    model, config = make()
+    prior, task = tmp_path / "light-prior.safetensors", tmp_path / "task.safetensors"
+    of_task = {k: v for k, v in model.state_dict().items() if k.startswith(("adapters.", "predictor."))}
+    of_prior = {k: v for k, v in model.state_dict().items() if k not in of_task}
+    save_weights(prior, of_prior, config, 1)
+    save_weights(task, of_task, config, 2, "derain", prior={"file": prior.name, "sha256": sha256(prior)})
+    again = load_model(read_weights(task)).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+    save_weights(prior, {k: v + 1 for k, v in of_prior.items()}, config, 1)
+    with pytest.raises(UserError, match=r"is not the prior that task\.safetensors was trained with"):
+        read_weights(task)
+    prior.unlink()
+    with pytest.raises(UserError, match=r"its prior light-prior\.safetensors is not beside it"):
+        read_weights(task)
+    save_weights(task, of_task, config, 2, "derain", prior={"file": "../prior.safetensors", "sha256": ""})
+    with pytest.raises(UserError, match="no plain file name"):
+        read_weights(task)
+
+
+def test_packing_splits_a_task_from_its_prior(tmp_path):
+    model, config = make()
+    of_prior = {k: v for k, v in model.state_dict().items() if not k.startswith(("adapters.", "predictor."))}
+    save_weights(tmp_path / "prior.safetensors", of_prior, config, 1)
+    save_weights(tmp_path / "task.safetensors", model.state_dict(), config, 2, "derain", {"steps": 3})
+    shipped = tmp_path / "shipped"
+    pack(tmp_path / "prior.safetensors", shipped / "tiny-prior.safetensors")
+    pack(tmp_path / "task.safetensors", shipped / "tiny-derain.safetensors", shipped / "tiny-prior.safetensors")
+    packed = read_weights(shipped / "tiny-derain.safetensors")
+    assert (packed.task, packed.stage, packed.trained) == ("derain", 2, {"steps": 3})
+    again = load_model(packed).state_dict()
+    assert all(torch.equal(again[name], value.half().float()) for name, value in model.state_dict().items())
+    assert (shipped / "tiny-derain.safetensors").stat().st_size < (shipped / "tiny-prior.safetensors").stat().st_size
+    save_weights(tmp_path / "other.safetensors", {k: v + 1 for k, v in of_prior.items()}, config, 1)
+    pack(tmp_path / "other.safetensors", shipped / "other-prior.safetensors")
+    for prior, message in (
+        (shipped / "other-prior.safetensors", "was not trained on"),
+        (tmp_path / "prior.safetensors", "must lie beside"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pack(tmp_path / "task.safetensors", shipped / "again.safetensors", prior)
+    assert not (shipped / "again.safetensors").exists()
+
+
+def test_fine_tuning_takes_what_trains(tmp_path):
+    torch.manual_seed(0)
+    first, config = make()
+    second, _ = make()
+    for parameter in first.parameters():
+        torch.nn.init.normal_(parameter)
+    save_weights(tmp_path / "w.safetensors", first.state_dict(), config, 2, "derain")
+    freeze(second, "predictor")
+    fill_trained(second, read_weights(tmp_path / "w.safetensors"))
+    own, given = second.state_dict(), first.state_dict()
+    for name, value in own.items():
+        assert torch.equal(value, given[name]) == name.startswith("predictor.")
+    prior, _ = make(stage=1)
+    save_weights(tmp_path / "prior.safetensors", prior.state_dict(), config, 1)
+    with pytest.raises(UserError, match=r"cannot start from it: predictor\..* the file has no such tensor"):
+        fill_trained(second, read_weights(tmp_path / "prior.safetensors"))
 
 
 def test_damaged_and_foreign_files(tmp_path):

@@ -181,17 +181,17 @@ class Plan:
     def restore(self, y_d: Tensor, noise: Tensor) -> Tensor:
         return sample(self, self.prepare(y_d), noise)
 
-    def swap(self, model: DTPM) -> None:
-        """Take another model's weights in place: every tensor keeps its address, so a captured graph replays with them.
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that depends on the model's weights, by name. Copying another plan's tensors over them changes the
+        weights in place (`InPlace`): compiled code and captured graphs go on with the new ones."""
+        found = {"time_rows": self.time_rows}
+        for name, module in (("step", self.step_module), ("prepare", self.prepare_module)):
+            found.update({f"{name}.{key}": value for key, value in module.state_dict().items()})
+        return found
 
-        Raises `ValueError` when the other model is of another shape."""
-        other = Plan(model, self.steps, self.dtype, self.kernels)
-        for mine, theirs in ((self.step_module, other.step_module), (self.prepare_module, other.prepare_module)):
-            try:
-                mine.load_state_dict(theirs.state_dict())
-            except RuntimeError as error:
-                raise ValueError(f"the new weights are for a network of another shape: {error}") from error
-        self.time_rows.copy_(other.time_rows)
+    def of(self, model: DTPM) -> "Plan":
+        """A plan of the same kind for another model, not compiled."""
+        return Plan(model, self.steps, self.dtype, self.kernels)
 
     def hoisted(self, conditions: Conditions | None = None) -> list[Hoisted]:
         """What left the step, with bytes; those of an image for the given conditions (else 0)."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dtpm_fast.device import choose_device
 from dtpm_fast.errors import UserError
+from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.runtime.backends import choose_backend
 from dtpm_fast.runtime.graph import Graph
 from dtpm_fast.runtime.memory import budget, choose_tile
@@ -19,7 +20,8 @@ from dtpm_fast.runtime.photo import from_network, open_photo, pad_to, round_up, 
 from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.reference import Reference
 from dtpm_fast.runtime.sampler import make_steps
-from dtpm_fast.runtime.shipped import find_weights
+from dtpm_fast.runtime.shipped import find_weights, locate
+from dtpm_fast.runtime.tasks import InPlace
 from dtpm_fast.runtime.tiling import SMALLEST, Tiled
 from dtpm_fast.weights_file import Weights, load_model
 
@@ -29,8 +31,7 @@ logger = logging.getLogger("dtpm_fast")
 class Restorer:
     """Restores photos of any size with one set of weights.
 
-    `about` says in one line which weights run, how they were trained, and on which device and backend and why; it is
-    also logged (logger "dtpm_fast", level INFO).
+    `about` says in one line what runs; it is also logged (logger "dtpm_fast", level INFO).
 
     Args:
         weights: of stage II (`find_weights`).
@@ -66,9 +67,17 @@ class Restorer:
         if isinstance(self.backend, Reference) and isinstance(tile, int):
             raise UserError(f"tile {tile}: the reference backend does not tile; use --backend fused")
         self._folded: Plan | None = None  # the plan for tiles, where the backend's own has fused kernels
+        self._tasks: InPlace | None = None  # from the first change of task on
+        self._name: str | Path = weights.path  # what set_task finds tasks by
+        self._running = (weights.path.resolve(), weights.path.stat().st_mtime_ns, weights.task)
+        self._abouts = {self._running: _describe(weights)}
         self._why = f"{len(self.steps)} steps; device {why_device}; {why_backend}"
-        self.about = f"{_describe(weights)}; {self._why}"
         logger.info("%s", self.about)
+
+    @property
+    def about(self) -> str:
+        """Which weights run and how they were trained; the steps, device, backend and precision, and why."""
+        return f"{self._abouts[self._running]}; {self._why}"
 
     @classmethod
     def from_pretrained(
@@ -88,7 +97,9 @@ class Restorer:
         for a number of steps outside 1..T.
         """
         weights = find_weights(name_or_path, task)
-        return cls(weights, steps=steps, device=device, backend=backend, seed=seed, **settings)
+        restorer = cls(weights, steps=steps, device=device, backend=backend, seed=seed, **settings)
+        restorer._name = name_or_path
+        return restorer
 
     @torch.inference_mode()
     def __call__(self, photo: Any) -> Any:
@@ -111,18 +122,28 @@ class Restorer:
         logger.info("warm after %.1f s", seconds)
         return seconds
 
-    def swap(self, name_or_path: str | Path, task: str) -> None:
-        """Take other weights of the same shape in place, those of another task for example: nothing is compiled or
-        captured again. Raises `UserError` for weights of another shape."""
-        weights = find_weights(name_or_path, task)
-        if weights.config.model != self.config.model or weights.config.diffusion != self.config.diffusion:
-            raise UserError(f"{weights.path}: is for another network than the one that runs; make a new Restorer")
-        model = _load(weights, self.device)
-        for plan in (self._plan(), self._folded):
-            if plan is not None:
-                plan.swap(model)
-        self.model.load_state_dict(model.state_dict())
-        self.about = f"{_describe(weights)}; {self._why}"
+    def set_task(self, task: str, name_or_path: str | Path | None = None) -> None:
+        """Take another task's weights in place, by default those of the name that this restorer was made with. Nothing
+        is compiled or captured again, and a task that ran before costs a copy of its adapters and predictor: a few
+        milliseconds. `about` says what runs now.
+
+        Raises `UserError` for a task without weights and for weights of another network; the task that ran goes on."""
+        name = self._name if name_or_path is None else name_or_path
+        path = locate(str(name), task)
+        key = (path.resolve(), path.stat().st_mtime_ns, task)
+        if self._tasks is None:
+            self._tasks = InPlace(_tensors(self.model, self._plan(), self._folded), self._running)
+        if key not in self._abouts:
+            weights = find_weights(path, task)
+            if weights.config.model != self.config.model or weights.config.diffusion != self.config.diffusion:
+                raise UserError(f"{path}: is for another network than the one that runs; make a new Restorer")
+            model = _load(weights, self.device)
+            plans = [None if plan is None else plan.of(model) for plan in (self._plan(), self._folded)]
+            self._tasks.add(key, _tensors(model, *plans))
+            self._abouts[key] = _describe(weights)
+        self._tasks.take(key)
+        self._running, self._name = key, name
+        logger.info("%s", self.about)
 
     def _plan(self) -> Plan | None:
         backend = self.backend.plan if isinstance(self.backend, Graph) else self.backend
@@ -169,12 +190,21 @@ class Restorer:
             return plan
         if self._folded is None:
             self._folded = Plan(self.model, self.steps, plan.dtype)
+            self._tasks, self._abouts = None, {self._running: self._abouts[self._running]}  # they lack this plan
         return self._folded
 
 
 def _load(weights: Weights, device: torch.device) -> Any:
     model = load_model(weights, stage=2).requires_grad_(False)
     return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _tensors(model: DTPM, *plans: Plan | None) -> dict[str, Tensor]:
+    found = dict(model.state_dict())
+    for number, plan in enumerate(plans):
+        if plan is not None:
+            found.update({f"plan{number}.{name}": value for name, value in plan.tensors().items()})
+    return found
 
 
 def _check_tile(tile: int | str | None) -> int | str | None:

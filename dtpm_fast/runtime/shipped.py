@@ -10,10 +10,9 @@ FOLDER = Path(__file__).parent.parent / "weights"
 
 
 def find_weights(name_or_path: str | Path, task: str) -> Weights:
-    """The stage II weights for a task. Raises `UserError` for an unknown name, an unreadable file, a stage I file, or
-    weights of another task."""
-    check_task(task)
-    weights = read_weights(_locate(str(name_or_path), task))
+    """The stage II weights for a task, by name or path. Raises `UserError` for an unknown name, an unreadable file, a
+    stage I file, or weights of another task."""
+    weights = read_weights(locate(str(name_or_path), task))
     if weights.stage != 2:
         raise UserError(
             f"{weights.path}: holds stage {weights.stage} weights, the prior alone; restoring needs stage 2 weights "
@@ -25,14 +24,28 @@ def find_weights(name_or_path: str | Path, task: str) -> Weights:
     return weights
 
 
+def find_prior(name_or_path: str | Path) -> Weights:
+    """Stage I weights: the shipped prior of a preset ("light"), or a file. Raises `UserError` for one of stage II."""
+    path = Path(name_or_path)
+    shipped_file = FOLDER / f"{name_or_path}-prior.safetensors"
+    weights = read_weights(shipped_file if path.suffix != ".safetensors" and shipped_file.is_file() else path)
+    if weights.stage != 1:
+        raise UserError(f"{weights.path}: holds stage {weights.stage} weights; the prior is stage 1")
+    return weights
+
+
 def shipped() -> list[str]:
-    """What ships, as "preset-task": ["light-derain", ...]."""
-    return sorted(path.stem for path in FOLDER.glob("*-*.safetensors"))
+    """What ships for restoring, as "preset-task": ["light-derain", ...]."""
+    return sorted(path.stem for path in FOLDER.glob("*-*.safetensors") if not path.stem.endswith("-prior"))
 
 
-def _locate(name: str, task: str) -> Path:
+def locate(name: str, task: str) -> Path:
+    """The file of weights given by name or path. Raises `UserError` when there is none."""
+    check_task(task)
     path = Path(name)
     if path.suffix == ".safetensors" or path.name != name or path.exists():
+        if not path.is_file():
+            raise UserError(f"{path}: no such weights file")
         return path
     found = FOLDER / f"{name}-{task}.safetensors"
     if found.is_file():

@@ -15,6 +15,7 @@ from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.precision import choose_precision
 from dtpm_fast.runtime.reference import Reference
 from dtpm_fast.runtime.sampler import make_steps
+from dtpm_fast.runtime.tasks import InPlace
 
 CPU = torch.device("cpu")
 SIZES = [(1, 8, 8), (1, 40, 24), (2, 16, 56)]
@@ -101,22 +102,29 @@ def test_warmup_and_the_log_line(
     assert caplog.messages[-1].startswith("warm after")
 
 
-def test_a_swap_gives_what_a_new_restorer_gives(tmp_path: Path, random_weights: Callable[..., Path]) -> None:
+def test_set_task_gives_what_a_new_restorer_gives(tmp_path: Path, random_weights: Callable[..., Path]) -> None:
     photo = np.random.default_rng(0).integers(0, 256, (20, 28, 3), dtype=np.uint8)
-    rain = random_weights(tmp_path / "rain.safetensors", seed=0)
-    snow = random_weights(tmp_path / "snow.safetensors", task="desnow", seed=1)
+    files = {
+        task: random_weights(tmp_path / f"{task}.safetensors", task=task, seed=seed)
+        for seed, task in enumerate(("derain", "desnow", "deblur"))
+    }
     other = random_weights(tmp_path / "other.safetensors", width=24)
     for backend in ("reference", "fused"):
-        restorer = Restorer.from_pretrained(rain, "derain", device="cpu", backend=backend)
-        before = restorer(photo)
-        restorer.swap(snow, "desnow")
-        assert "snow.safetensors (desnow" in restorer.about
-        after = restorer(photo)
-        fresh = Restorer.from_pretrained(snow, "desnow", device="cpu", backend=backend)
-        np.testing.assert_array_equal(after, fresh(photo))
-        assert (after != before).any()
+        restorer = Restorer.from_pretrained(files["derain"], "derain", device="cpu", backend=backend)
+        fresh = {
+            task: Restorer.from_pretrained(file, task, device="cpu", backend=backend)(photo)
+            for task, file in files.items()
+        }
+        assert len({picture.tobytes() for picture in fresh.values()}) == 3
+        for task in ("desnow", "derain", "deblur", "desnow"):  # new, back, new, and one from before
+            restorer.set_task(task, files[task])
+            assert f"{task}.safetensors ({task}" in restorer.about
+            np.testing.assert_array_equal(restorer(photo), fresh[task])
         with pytest.raises(UserError, match="another network"):
-            restorer.swap(other, "derain")
+            restorer.set_task("derain", other)
+        with pytest.raises(UserError, match="trained for the task 'desnow'"):
+            restorer.set_task("defocus")
+        np.testing.assert_array_equal(restorer(photo), fresh["desnow"])
 
 
 @pytest.mark.gpu
@@ -146,7 +154,9 @@ def test_graph_replay_is_the_uncaptured_run_and_swaps(random_model: Callable[...
         for y_d, noise in [*pictures, *pictures]:  # the first one is captured anew in the second round
             assert torch.equal(graph.restore(y_d, noise), graph.plan.restore(y_d, noise))  # type: ignore[attr-defined]
         assert len(graph.graphs) == 2  # type: ignore[attr-defined]
-        graph.plan.swap(second.cuda())  # type: ignore[attr-defined]
-        fresh = Plan(second, steps, graph.plan.dtype, kernels=True)  # type: ignore[attr-defined]
+        fresh = graph.plan.of(second.cuda())  # type: ignore[attr-defined]
+        tasks = InPlace(graph.plan.tensors(), "first")  # type: ignore[attr-defined]
+        tasks.add("second", fresh.tensors())
+        tasks.take("second")
         for y_d, noise in pictures:
             assert torch.equal(graph.restore(y_d, noise), fresh.restore(y_d, noise))

@@ -9,6 +9,7 @@ from dtpm_fast.runtime.noise import noise_fields
 from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.reference import Reference
 from dtpm_fast.runtime.sampler import Stepper, make_steps, sample
+from dtpm_fast.runtime.tasks import InPlace
 
 CONFIGS = [
     {},
@@ -86,23 +87,39 @@ def test_a_prior_has_no_plan(random_model: Callable[..., tuple]) -> None:
         Plan(model, make_steps(config, 2))
 
 
-def test_a_swap_takes_the_new_weights_and_keeps_every_address(random_model: Callable[..., tuple]) -> None:
+def test_a_task_taken_in_place_keeps_every_address(random_model: Callable[..., tuple]) -> None:
     first, config = random_model(seed=0)
     second, _ = random_model(seed=1)
     steps = make_steps(config, 2)
     plan = Plan(first, steps)
-    state = {**plan.step_module.state_dict(), **plan.prepare_module.state_dict(), "time": plan.time_rows}
-    before = {name: value.data_ptr() for name, value in state.items()}
+    before = {name: value.data_ptr() for name, value in plan.tensors().items()}
     y_d = picture(1, 16, 16)
     old = restored(plan, y_d)
-    plan.swap(second)
-    state = {**plan.step_module.state_dict(), **plan.prepare_module.state_dict(), "time": plan.time_rows}
-    assert {name: value.data_ptr() for name, value in state.items()} == before
+    tasks = InPlace(plan.tensors(), "first")
+    tasks.add("second", plan.of(second).tensors())
+    tasks.take("second")
+    assert {name: value.data_ptr() for name, value in plan.tensors().items()} == before
     assert torch.equal(restored(plan, y_d), restored(Plan(second, steps), y_d))
     assert not torch.equal(restored(plan, y_d), old)
+    tasks.take("first")
+    assert torch.equal(restored(plan, y_d), old)
     other, _ = random_model(width=24)
     with pytest.raises(ValueError, match="another shape"):
-        plan.swap(other)
+        tasks.add("other", plan.of(other).tensors())
+
+
+def test_tasks_of_one_prior_share_what_they_do_not_change(random_model: Callable[..., tuple]) -> None:
+    first, config = random_model(seed=0)
+    second, _ = random_model(seed=1)
+    second.denoiser.load_state_dict(first.denoiser.state_dict())
+    plan = Plan(first, make_steps(config, 2))
+    tasks = InPlace(plan.tensors(), "first")
+    tasks.add("second", plan.of(second).tensors())
+    changed = tasks.values["second"]
+    assert not any(name.startswith("step.") and ".w1" in name for name in changed)
+    assert any(name.endswith(".matrix") for name in changed)
+    assert any(name.startswith("prepare.predictor") for name in changed)
+    assert 0 < tasks.bytes < 2 * sum(value.numel() * value.element_size() for value in plan.tensors().values())
 
 
 def test_what_was_hoisted_can_be_read(random_model: Callable[..., tuple]) -> None:
