@@ -88,6 +88,7 @@ class TrainConfig:
     predictor_loss: float = 0.0  # weight of an L1 loss on the predictor itself; 0 as in the paper
     synthetic_share: float = 0.5  # share of synthetic samples when --synthetic stands beside real pairs
     strength: float = 1.0  # of the synthetic degradations
+    clean_share: float = 0.0  # share of stage II's samples whose degraded picture is the clean one; 0 as in the paper
     rotate45: bool = False
     seed: int = 0
     # auto: bfloat16 on CUDA, float32 on the CPU; float16 on CUDA only, with a loss scale.
@@ -244,7 +245,11 @@ def _check(config: Config) -> None:
             raise UserError(f"{name} = {number}: must be greater than 0")
     if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
         raise UserError("beta_start and beta_end: need 0 < beta_start <= beta_end < 1")
-    for name, share in {"eta": diffusion.eta, "ema": train.ema, "synthetic_share": train.synthetic_share}.items():
+    shares = {
+        "eta": diffusion.eta, "ema": train.ema, "synthetic_share": train.synthetic_share,
+        "clean_share": train.clean_share,
+    }  # fmt: skip
+    for name, share in shares.items():
         if not 0 <= share <= 1:
             raise UserError(f"{name} = {share}: must lie between 0 and 1")
     for who, encoder, decoder in (

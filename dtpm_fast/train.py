@@ -101,6 +101,8 @@ def _train(args: argparse.Namespace) -> Path:
     world.say(f"data: {source.about}; validation on {len(source.validation)} crops")
     world.say(f"model: {config.model.preset}, {trained / 1e6:.2f}M parameters train")
     about = {"data": source.about, "device": why}
+    if args.init is not None:
+        about["started_from"] = args.init.name
     run = Run(model, config, args.task or "", source.data, source.validation, args.output, device, about, world)
     weights = train(run, args.resume)
     world.say(f"written: {weights}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dtpm_fast.config import TrainConfig
-from dtpm_fast.data.crops import Augment, MixedCrops, PairCrops, SmoothedCrops, SyntheticCrops
+from dtpm_fast.data.crops import Augment, MixedCrops, PairCrops, SmoothedCrops, SomeClean, SyntheticCrops
 from dtpm_fast.data.layouts import LayoutNotFound, SplitNotFound, find_pairs
 from dtpm_fast.data.pictures import PictureCache, find_photos
 from dtpm_fast.errors import UserError
@@ -95,6 +95,9 @@ def stage2_source(
             held_out_pairs, crop, seed + 1, augment="none", cache=cache, check=check and bool(held_out_pairs)
         )
     count = min(train.validation_images, len(getattr(unseen, "pairs", getattr(unseen, "photos", []))))
+    if train.clean_share:
+        source = SomeClean(source, train.clean_share, seed)
+        about += f", {train.clean_share:g} of all samples clean"
     return Source(source, [unseen[i] for i in range(count)], about)
 
 

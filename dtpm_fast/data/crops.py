@@ -36,6 +36,7 @@ from dtpm_fast.errors import UserError
 from dtpm_fast.tasks import check_task
 
 Augment = Literal["all", "flip", "none"]
+CLEAN = 3  # the stream that decides which samples are clean; 0 draws a crop, 1 its source, 2 its noise
 Photos = Path | str | Sequence[Path]
 
 
@@ -215,6 +216,22 @@ class MixedCrops(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         draw = sample_rng(self.seed, index, stream=1).random() * self.cumulative[-1]
         return self.sources[int(np.searchsorted(self.cumulative, draw, side="right"))][index]
+
+
+class SomeClean(Dataset[tuple[Tensor, Tensor]]):
+    """A data set of pairs, of which a share has the clean picture as its degraded one: who sees only bad photos learns
+    to change good ones.
+
+    Raises `UserError` for a share outside 0..1."""
+
+    def __init__(self, pairs: Dataset[tuple[Tensor, Tensor]], share: float, seed: int = 0) -> None:
+        if not 0 <= share <= 1:
+            raise UserError(f"share of clean samples {share}: must lie between 0 and 1")
+        self.pairs, self.share, self.seed = pairs, share, seed
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        degraded, clean = self.pairs[index]
+        return (clean if sample_rng(self.seed, index, CLEAN).random() < self.share else degraded), clean
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from dtpm_fast.data.crops import (
     MixedCrops,
     PairCrops,
     PhotoCrops,
     SmoothedCrops,
+    SomeClean,
     SyntheticCrops,
     Window,
     sample_rng,
@@ -284,3 +286,18 @@ def test_to_tensor_covers_the_range_exactly() -> None:
     assert tensor.min() == -1
     assert tensor.max() == 1
     np.testing.assert_array_equal(((tensor + 1) * 127.5).round().byte().permute(1, 2, 0).numpy(), levels)
+
+
+def test_a_share_of_clean_samples() -> None:
+    class Pairs(Dataset[tuple[Tensor, Tensor]]):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            return torch.full((1,), -float(index)), torch.full((1,), float(index))
+
+    some = SomeClean(Pairs(), 0.25, seed=5)
+    drawn = [some[index] for index in range(1, 401)]
+    assert all(float(clean) == index for index, (_, clean) in enumerate(drawn, start=1))
+    share = sum(float(degraded) > 0 for degraded, _ in drawn) / 400
+    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
+    assert all(torch.equal(some[index][0], drawn[index - 1][0]) for index in (7, 300))  # the index alone decides
+    with pytest.raises(UserError, match="between 0 and 1"):
+        SomeClean(Pairs(), 1.5)
