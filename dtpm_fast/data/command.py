@@ -1,4 +1,4 @@
-"""`python -m dtpm_fast.data check | sheet | measure`."""
+"""`python -m dtpm_fast.data check | sheet | make | measure`."""
 
 import argparse
 import time
@@ -11,6 +11,7 @@ from dtpm_fast.commands.run import run
 from dtpm_fast.data.check import check_folder
 from dtpm_fast.data.crops import SyntheticCrops
 from dtpm_fast.data.layouts import SPLITS, find_pairs
+from dtpm_fast.data.make import make_pairs
 from dtpm_fast.data.residuals import quantile_table, residual_statistics
 from dtpm_fast.data.sheet import write_sheet
 from dtpm_fast.images import read_image
@@ -20,6 +21,7 @@ EXAMPLE = """examples:
   python -m dtpm_fast.data check --task deblur GoPro
   python -m dtpm_fast.data check --task derain rain100L --split train --split-file split.csv
   python -m dtpm_fast.data sheet -o degradations.jpg
+  python -m dtpm_fast.data make --task dehaze photos/ --strength 0.6 1.2 --seed 7 -o hazy
   python -m dtpm_fast.data measure --task derain --photos photos --pairs rain100L --split test"""
 
 
@@ -52,6 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sheet.add_argument("photos", nargs="*", type=Path, metavar="PHOTO", help="default: scikit-image's sample photos")
     sheet.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="a .jpg or .png")
     sheet.add_argument("--seed", type=int, default=0)
+    make = commands.add_parser(
+        "make",
+        help="write a synthetic test set: degraded photos and their targets",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    make.add_argument("photos", nargs="*", type=Path, metavar="PHOTO", help="default: scikit-image's colour photos")
+    make.add_argument("--task", required=True, choices=list(TASKS))
+    make.add_argument("--strength", type=float, nargs="+", default=[1.0], metavar="X", help="0 is clean (default: 1)")
+    make.add_argument("--seed", type=int, default=0)
+    make.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="a new or empty folder")
     measure = commands.add_parser(
         "measure",
         help="hold a synthetic degradation against the pairs of a data set, in numbers",
@@ -72,6 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> int:
         if options.command == "sheet":
             write_sheet(options.output, options.photos, options.seed)
+            return 0
+        if options.command == "make":
+            count = make_pairs(options.task, options.output, options.photos, options.strength, options.seed)
+            print(f"{options.output}: {count} pairs, synthetic {options.task}, seed {options.seed}")
             return 0
         if options.command == "measure":
             print(compare(options))

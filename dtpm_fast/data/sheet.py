@@ -23,7 +23,7 @@ def write_sheet(target: Path | str, photos: Sequence[Path | str] = (), seed: int
     target = Path(target)
     if target.suffix.lower() not in SUFFIXES:
         raise UserError(f"{target}: unknown picture format {target.suffix!r}; use .jpg or .png")
-    pictures = [read_image(photo) for photo in photos] or [_sample_photo(name) for name in _SAMPLES]
+    pictures = [read_image(photo) for photo in photos] or [sample_photo(name) for name in _SAMPLES]
     label = 18
     sheet = Image.new("RGB", (len(_COLUMNS) * TILE, len(DEGRADATIONS) * (TILE + label)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -49,10 +49,11 @@ def _tile(picture: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(small[top : top + TILE, left : left + TILE])
 
 
-def _sample_photo(name: str) -> np.ndarray:
+def sample_photo(name: str) -> np.ndarray:
+    """HxWx3 uint8: a colour photo that ships with scikit-image. Raises `UserError` when that is not installed."""
     try:
         from skimage import data  # a test dependency
     except ImportError as error:
-        raise UserError("the sheet's sample photos need scikit-image: install it, or name photos") from error
-    photo: np.ndarray = getattr(data, name)()
-    return photo
+        raise UserError("the sample photos need scikit-image: install it, or name photos of your own") from error
+    path = Path(data.__file__).parent / f"{name}.png"
+    return read_image(path if path.is_file() else path.with_suffix(".jpg"))

@@ -11,7 +11,9 @@ from PIL import Image
 
 from dtpm_fast.data.check import check_folder
 from dtpm_fast.data.command import main
+from dtpm_fast.data.layouts import find_pairs
 from dtpm_fast.errors import UserError
+from dtpm_fast.images import read_image
 
 
 def check(task: str, folder: Path, *options: str) -> int:
@@ -147,3 +149,31 @@ def test_module_runs() -> None:
         [sys.executable, "-m", "dtpm_fast.data", "check", "--help"], capture_output=True, text=True, check=True
     )
     assert "python -m dtpm_fast.data check --task deblur GoPro" in shown.stdout
+
+
+def test_a_synthetic_test_set(tmp_path: Path, picture: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    picture(tmp_path / "photos/a.png", 40, 33, 1)
+    picture(tmp_path / "photos/b.png", 24, 48, 2)
+    make = ["make", str(tmp_path / "photos"), "--task", "desnow", "--seed", "3"]
+    assert main([*make, "--strength", "0", "1.5", "-o", str(tmp_path / "set")]) == 0
+    assert "4 pairs, synthetic desnow, seed 3" in capsys.readouterr().out
+    pairs = find_pairs("desnow", tmp_path / "set", "test").pairs
+    assert [degraded.name for degraded, _ in pairs] == ["a-0.png", "a-1.5.png", "b-0.png", "b-1.5.png"]
+    same = [(read_image(degraded) == read_image(target)).all() for degraded, target in pairs]
+    assert same == [True, False, True, False]
+    assert (read_image(pairs[0][1]) == read_image(tmp_path / "photos/a.png")).all()
+    (tmp_path / "photos/b.png").unlink()  # fewer photos change no other's degradation
+    assert main([*make, "--strength", "1.5", "-o", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again/input/a.png").read_bytes() == pairs[1][0].read_bytes()
+    assert main([*make, "-o", str(tmp_path / "set")]) == 1
+    assert "is not an empty folder" in capsys.readouterr().err
+    assert main([*make, "--strength", "-1", "-o", str(tmp_path / "new")]) == 1
+    assert "must be 0 or more" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_synthetic_test_set_of_scikit_images_photos(tmp_path: Path) -> None:
+    pytest.importorskip("skimage")
+    assert main(["make", "--task", "dehaze", "-o", str(tmp_path / "set")]) == 0
+    names = sorted(path.name for path in (tmp_path / "set/target").iterdir())
+    assert names == ["astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.png"]

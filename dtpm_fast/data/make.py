@@ -1,0 +1,50 @@
+"""Test sets of synthetic degradations, on photos that ship with scikit-image or on one's own."""
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dtpm_fast.data.degradations import degrade
+from dtpm_fast.data.pictures import find_photos
+from dtpm_fast.data.sheet import sample_photo
+from dtpm_fast.errors import UserError
+from dtpm_fast.images import read_image, write_image
+from dtpm_fast.tasks import check_task
+
+SAMPLES = ("astronaut", "chelsea", "coffee", "motorcycle_left", "rocket")
+
+
+def make_pairs(
+    task: str, output: Path, photos: Sequence[Path] = (), strengths: Sequence[float] = (1.0,), seed: int = 0
+) -> int:
+    """Write `output`/input and `output`/target, PNGs of equal names: every photo at every strength. Returns the number
+    of pairs.
+
+    `photos` are files and folders; none stands for scikit-image's colour photos. A picture's generator follows from
+    `seed`, its name and its strength: more photos change no other's. Strength 0 gives the clean photo.
+
+    Raises `UserError` for an unknown task, a strength below 0, a broken photo, two photos of one name, an output that
+    holds something already, and, without photos, when scikit-image is not installed.
+    """
+    check_task(task)
+    for strength in strengths:
+        if not strength >= 0:
+            raise UserError(f"strength {strength}: must be 0 or more")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: exists and is not an empty folder; choose another")
+    found = [path for given in photos for path in (find_photos(given) if given.is_dir() else [given])]
+    names = [path.stem for path in found] or list(SAMPLES)
+    if len(set(names)) < len(names):
+        raise UserError(f"{next(n for n in names if names.count(n) > 1)}: two photos have this name; rename one")
+    pictures = [read_image(path) for path in found] or [sample_photo(name) for name in SAMPLES]
+    jobs = [(name, picture, strength) for name, picture in zip(names, pictures, strict=True) for strength in strengths]
+    for name, picture, strength in tqdm(jobs, unit="picture", disable=None):
+        rng = np.random.default_rng([seed, zlib.crc32(f"{task} {name} {strength:g}".encode())])
+        degraded = degrade(task, picture.astype(np.float32) / 255, rng, strength)
+        file = f"{name}-{strength:g}.png" if len(strengths) > 1 else f"{name}.png"
+        write_image(output / "target" / file, picture)
+        write_image(output / "input" / file, np.rint(degraded * 255).astype(np.uint8))
+    return len(jobs)
