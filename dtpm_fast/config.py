@@ -83,9 +83,11 @@ class TrainConfig:
     clip_grad: float = 1.0  # largest gradient norm; 0 turns clipping off
     ema: float = 0.9999  # reached gradually: min(ema, (1 + step) / (10 + step))
     # What stage II trains of the prior: nothing ("adapters", the paper), or table 6's fine-tuning rows; "all" is for
-    # "w/o Stage I Training". "predictor" trains the initial predictor alone, on its own L1 loss: a cheap start.
+    # "w/o Stage I Training". "predictor" trains the initial predictor alone, on its own loss: a cheap start.
     tune: Literal["adapters", "predictor", "encoder", "decoder", "encoder_decoder", "all"] = "adapters"
-    predictor_loss: float = 0.0  # weight of an L1 loss on the predictor itself; 0 as in the paper
+    predictor_loss: float = 0.0  # weight of a loss on the predictor itself; 0 as in the paper
+    # That loss's norm. L1 lets a predictor rest at y_eps = y_d where a degradation leaves most pixels as they are.
+    predictor_norm: Literal["l1", "l2"] = "l1"
     synthetic_share: float = 0.5  # share of synthetic samples when --synthetic stands beside real pairs
     strength: float = 1.0  # of the synthetic degradations
     clean_share: float = 0.0  # share of stage II's samples whose degraded picture is the clean one; 0 as in the paper

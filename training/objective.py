@@ -21,6 +21,10 @@ class Objective(nn.Module):
         if self.model.stage == 1:
             return stage1_loss(self.model, diffusion, first, second, eps, gamma)
         if self.config.train.tune == "predictor":
-            return (self.model.predict(first) - second).abs().mean()
+            return self._predictor_loss(self.model.predict(first), second)
         loss, y_eps = stage2_loss(self.model, diffusion, second, first, eps, gamma)
-        return loss + weight * (y_eps - second).abs().mean() if weight else loss
+        return loss + weight * self._predictor_loss(y_eps, second) if weight else loss
+
+    def _predictor_loss(self, y_eps: Tensor, y_g: Tensor) -> Tensor:
+        difference = y_eps - y_g
+        return (difference.abs() if self.config.train.predictor_norm == "l1" else difference.square()).mean()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtpm_fast.config import Config
 from dtpm_fast.device import choose_device
 from dtpm_fast.errors import UserError
 from dtpm_fast.model.dtpm import DTPM
@@ -61,7 +62,7 @@ class Restorer:
         self.device, why_device = choose_device(device)
         self.seed, self.tile = seed, _check_tile(tile)
         self.config = weights.config
-        self.steps = make_steps(weights.config, steps, sampler)
+        self.steps, self._sampler = make_steps(weights.config, steps, sampler), sampler
         self.model = _load(weights, self.device)
         self.backend, why_backend = choose_backend(backend, self.model, self.steps, self.device, precision)
         if isinstance(self.backend, Reference) and isinstance(tile, int):
@@ -135,7 +136,7 @@ class Restorer:
             self._tasks = InPlace(_tensors(self.model, self._plan(), self._folded), self._running)
         if key not in self._abouts:
             weights = find_weights(path, task)
-            if weights.config.model != self.config.model or weights.config.diffusion != self.config.diffusion:
+            if weights.config.model != self.config.model or not self._same_steps(weights.config):
                 raise UserError(f"{path}: is for another network than the one that runs; make a new Restorer")
             model = _load(weights, self.device)
             plans = [None if plan is None else plan.of(model) for plan in (self._plan(), self._folded)]
@@ -144,6 +145,11 @@ class Restorer:
         self._tasks.take(key)
         self._running, self._name = key, name
         logger.info("%s", self.about)
+
+    def _same_steps(self, config: Config) -> bool:
+        """Whether the sampler would take the same steps; how the weights were trained does not matter."""
+        other = make_steps(config, len(self.steps), self._sampler)
+        return torch.equal(other.table, self.steps.table) and other.sigmas == self.steps.sigmas
 
     def _plan(self) -> Plan | None:
         backend = self.backend.plan if isinstance(self.backend, Graph) else self.backend
