@@ -1,8 +1,17 @@
 // A few threads that work through one picture together. Started per picture and joined at its end: nothing survives a
 // fork, so worker processes of a data loader can use it.
+//
+// The calling thread owns the flow of control and hands out rounds of numbered items, which every thread claims in
+// order. Nobody is ever waited for who has not claimed something: on a machine whose cores are taken the caller does all
+// of it by itself. A wait that lasts longer than any item can take means that a thread lost its core in the middle of
+// an item; the helpers then stay away for a while, longer each time.
 #pragma once
 
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -10,47 +19,107 @@ namespace rtv {
 
 class Team {
 public:
-    explicit Team(int size) : size_(size) {}
-
-    int size() const { return size_; }
-
-    // Calls work(argument, member) for every member, on the calling thread for member 0.
-    void run(void (*work)(void*, int), void* argument) {
-        std::vector<std::thread> others;
-        others.reserve(size_t(size_ - 1));
-        for (int member = 1; member < size_; ++member) others.emplace_back(work, argument, member);
-        work(argument, 0);
-        for (auto& other : others) other.join();
+    explicit Team(int size) {
+        helpers_.reserve(size_t(size - 1));
+        for (int i = 1; i < size; ++i) helpers_.emplace_back([this] { help(); });
     }
-
-    void barrier() {
-        if (size_ == 1) return;
-        const int phase = phase_.load(std::memory_order_acquire);
-        if (waiting_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-            waiting_.store(0, std::memory_order_relaxed);
-            phase_.store(phase + 1, std::memory_order_release);
-        } else {
-            wait_until([&] { return phase_.load(std::memory_order_acquire) != phase; });
+    ~Team() {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            closed_.store(true, std::memory_order_relaxed);
         }
+        closing_.notify_all();
+        for (auto& helper : helpers_) helper.join();
     }
 
-    // Spins for a moment, then lets others run: the partner may have lost its core.
+    bool alone() const { return helpers_.empty(); }
+
+    // Calls work(item) for every item in [0, count) and returns when all are done. An item may wait for lower ones.
+    template <class Work>
+    void each(int count, const Work& work) {
+        if (alone()) {
+            for (int item = 0; item < count; ++item) work(item);
+            return;
+        }
+        call_ = [](const void* self, int item) { (*static_cast<const Work*>(self))(item); };
+        work_ = &work;
+        count_ = count;
+        finished_.store(0, std::memory_order_relaxed);
+        ticket_.store(std::uint64_t(++round_) << 32 | unsigned(count), std::memory_order_release);
+        while (claim()) {}
+        wait_until([&] { return finished_.load(std::memory_order_acquire) == count; });
+    }
+
+    // For conditions that another thread brings about in the midst of an item.
     template <class Condition>
-    static void wait_until(Condition condition) {
-        for (int spin = 0; !condition(); ++spin) {
-            if (spin < 4096) {
-#if defined(__x86_64__)
-                __builtin_ia32_pause();
-#endif
-            } else {
-                std::this_thread::yield();
+    void wait_until(Condition condition) {
+        if (spin(condition)) return;
+        stalled_.store(true, std::memory_order_relaxed);
+        while (!condition()) std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+
+private:
+    using Clock = std::chrono::steady_clock;
+    static constexpr std::chrono::microseconds patience{300};
+    static constexpr std::chrono::milliseconds first_rest{10};
+
+    std::vector<std::thread> helpers_;
+    std::atomic<std::uint64_t> ticket_{0};  // the round, and how many of its items nobody has claimed
+    std::atomic<int> finished_{0};
+    std::atomic<bool> stalled_{false}, closed_{false};
+    void (*call_)(const void*, int) = nullptr;  // these three belong to a round, and change only between rounds
+    const void* work_ = nullptr;
+    int count_ = 0;
+    std::uint32_t round_ = 0;
+    std::mutex mutex_;
+    std::condition_variable closing_;
+
+    // Does one item. False when none is left.
+    bool claim() {
+        std::uint64_t ticket = ticket_.load(std::memory_order_relaxed);
+        do {
+            if (unsigned(ticket) == 0) return false;
+        } while (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acquire));
+        call_(work_, count_ - int(unsigned(ticket)));
+        finished_.fetch_add(1, std::memory_order_release);
+        return true;
+    }
+
+    void help() {
+        std::chrono::milliseconds rest = first_rest;
+        const auto something_to_do = [this] {
+            return unsigned(ticket_.load(std::memory_order_relaxed)) != 0 || closed_.load(std::memory_order_relaxed);
+        };
+        while (!closed_.load(std::memory_order_relaxed)) {
+            if (stalled_.exchange(false, std::memory_order_relaxed)) {
+                sleep(rest);
+                rest *= 4;
+            } else if (!claim() && !spin(something_to_do)) {
+                sleep(std::chrono::microseconds(50));
             }
         }
     }
 
-private:
-    int size_;
-    std::atomic<int> waiting_{0}, phase_{0};
+    template <class Duration>
+    void sleep(Duration duration) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        closing_.wait_for(lock, duration, [this] { return closed_.load(std::memory_order_relaxed); });
+    }
+
+    // Whether the condition came true within the time that a working partner needs at most.
+    template <class Condition>
+    static bool spin(Condition condition) {
+        const auto start = Clock::now();
+        do {
+            for (int i = 0; i < 64; ++i) {
+                if (condition()) return true;
+#if defined(__x86_64__)
+                __builtin_ia32_pause();
+#endif
+            }
+        } while (Clock::now() - start < patience);
+        return false;
+    }
 };
 
 // How far each band of a sweep has got. One cache line each.
