@@ -1,15 +1,17 @@
 """The smoother against scipy's sparse LU and what pip installs, side by side in one run.
 
-    python benchmarks/bench_rtv.py [--photo FILE] [--pictures NAME ...] [--rounds 5] [--quick] [--json FILE]
+    python benchmarks/bench_rtv.py [--pictures [NAME ...]] [--photo FILE] [--crops N] [--rounds 5] [--quick] [--json FILE]
 
 Every picture is smoothed with the default parameters by every method in turn, `rounds` times for ours and once for the
 slow ones; medians. Errors are against scipy's float64 solution. GB/s counts the bytes that the solver's sweeps have to
-move (per iteration 35 float32 planes for a colour picture, per residual 15), against a copy measured in the same run.
-On a GPU also batches of 1, 8, 64 and 256 of 256x256. Peers that are not installed are named, not run.
+move (per iteration 30 float32 planes for a colour picture, per residual 12), against a copy measured in the same run.
+Batches: `--crops` crops of 256x256, images/s; on a GPU batches of 1, 8, 64 and 256 of 256x256 and 512x512. Peers that
+are not installed are named, not run.
 """
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -37,9 +39,10 @@ from dtpm_fast.smoothing import cuda_unavailable
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photo", type=Path, help="a 2K photo; without it that row is left out")
-    parser.add_argument("--pictures", nargs="+", metavar="NAME", help="astronaut, coffee, grass, noise (default: all)")
+    parser.add_argument("--pictures", nargs="*", metavar="NAME", help="astronaut, coffee, grass, noise (default: all)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="of the others only splu: spsolve takes minutes a picture")
+    parser.add_argument("--crops", type=int, default=0, metavar="N", help="also a batch of N crops of 256x256")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
@@ -68,6 +71,8 @@ def main() -> None:
             if "gb_per_s" in row:
                 line += f" {row['gb_per_s']:.1f} GB/s, {100 * row['share_of_copy']:.0f}% of copy"
             print(line, flush=True)
+    if options.crops:
+        record["crops"] = bench_crops(options.crops, options.rounds)
     reason = cuda_unavailable()
     if reason:
         record["not_run"].append(f"CUDA: {reason}")
@@ -89,7 +94,7 @@ def pictures(options: argparse.Namespace) -> dict[str, np.ndarray]:
         "grass": np.repeat(data.grass()[:512, :512, None] / 255.0, 3, axis=2),
         "noise": np.random.default_rng(0).random((512, 512, 3)),
     }
-    if options.pictures:
+    if options.pictures is not None:
         found = {name: found[name] for name in options.pictures}
     if options.photo is not None:
         found["2K photo"] = read_image(options.photo) / 255.0
@@ -112,7 +117,7 @@ def bench_picture(image: np.ndarray, options: argparse.Namespace, copy: float) -
     cases: dict[str, Callable[[], Any]] = {
         "ours, 1 thread": lambda: rtv_smooth(single, threads=1, return_info=True),
         "ours, all threads": lambda: rtv_smooth(single, return_info=True),
-        "ours, float64": lambda: rtv_smooth(image, tol=1e-7, return_info=True),
+        "ours, float64": lambda: rtv_smooth(image, tol=1e-7, threads=1, return_info=True),
         "ours, matlab_pcg": lambda: rtv_smooth(single, mode="matlab_pcg", return_info=True),
     }
     times: dict[str, list[float]] = {name: [] for name in cases}
@@ -126,7 +131,7 @@ def bench_picture(image: np.ndarray, options: argparse.Namespace, copy: float) -
         rows[name] = {"ms": 1e3 * seconds, "best_ms": 1e3 * min(times[name]), "iterations": info.iterations[0].tolist()}
         rows[name] |= errors(result, exact)
         if result.dtype == np.float32 and "matlab" not in name:
-            planes = 35 * int(info.iterations.sum()) + 15 * 3 * 4
+            planes = 30 * int(info.iterations.sum()) + 12 * 3 * 4
             moved = planes * image.shape[0] * image.shape[1] * 4 / 1e9
             rows[name] |= {"gb_per_s": moved / seconds, "share_of_copy": moved / seconds / copy}
     return rows
@@ -159,18 +164,47 @@ def peers() -> dict[str, Callable[[Any, np.ndarray], np.ndarray]]:
         solve = scipy.sparse.linalg.cg
         return np.stack([solve(matrix, rhs[:, c], x0=rhs[:, c], rtol=3e-6, M=scale)[0] for c in range(3)], axis=1)
 
-    found: dict[str, Callable[[Any, np.ndarray], np.ndarray]] = {"scipy Jacobi-CG": jacobi}
-    try:
-        import pyamg  # type: ignore[import-not-found]
-    except ImportError:
-        return found
-
     def multigrid(matrix: Any, rhs: np.ndarray) -> np.ndarray:
+        import pyamg  # type: ignore[import-not-found]
+
         levels = pyamg.ruge_stuben_solver(matrix.tocsr())
         return np.stack([levels.solve(rhs[:, c], x0=rhs[:, c], tol=3e-6, accel="cg") for c in range(3)], axis=1)
 
-    found["pyamg"] = multigrid
-    return found
+    def supernodal_cholesky(matrix: Any, rhs: np.ndarray) -> np.ndarray:  # CHOLMOD
+        import cholespy  # type: ignore[import-not-found]
+
+        indices = (part.astype(np.int32) for part in (matrix.indptr, matrix.indices))
+        solver = cholespy.CholeskySolverD(len(rhs), *indices, matrix.data, cholespy.MatrixType.CSC)
+        result = np.zeros_like(rhs)
+        solver.solve(np.ascontiguousarray(rhs), result)
+        return result
+
+    def quadratic_ldl(matrix: Any, rhs: np.ndarray) -> np.ndarray:
+        import qdldl  # type: ignore[import-not-found]
+
+        solver = qdldl.Solver(scipy.sparse.csc_matrix(scipy.sparse.triu(matrix)), upper=True)
+        return np.stack([solver.solve(rhs[:, c].copy()) for c in range(3)], axis=1)
+
+    def pardiso(matrix: Any, rhs: np.ndarray) -> np.ndarray:
+        import pypardiso  # type: ignore[import-not-found]
+
+        return pypardiso.spsolve(matrix.tocsr(), rhs)
+
+    optional = {"pyamg": multigrid, "cholespy": supernodal_cholesky, "qdldl": quadratic_ldl, "pypardiso": pardiso}
+    installed = {name: solve for name, solve in optional.items() if importlib.util.find_spec(name)}
+    print("not installed, not run:", ", ".join(sorted(optional.keys() - installed.keys())) or "none")
+    return {"scipy Jacobi-CG": jacobi} | installed
+
+
+def bench_crops(count: int, rounds: int) -> dict[str, Any]:
+    """A batch of crops, as data sets are made: whole pictures side by side."""
+    batch = np.stack([random_photo(256, seed) for seed in range(count)])
+    rows: dict[str, Any] = {}
+    for name, threads in (("1 thread", 1), ("all threads", 0)):
+        seconds = statistics.median(timed(lambda t=threads: rtv_smooth(batch, threads=t))[1] for _ in range(rounds))
+        rows[name] = {"crops": count, "ms": 1e3 * seconds, "images_per_s": count / seconds}
+        print(f"{count} crops of 256x256, {name}: {count / seconds:.1f} images/s", flush=True)
+    return rows
 
 
 def bench_cuda(rounds: int) -> dict[str, Any]:

@@ -16,9 +16,6 @@ namespace {
 struct CudaBlock {
     __device__ __forceinline__ int thread() const { return int(threadIdx.x); }
     __device__ __forceinline__ void sync() const { __syncthreads(); }
-    __device__ __forceinline__ void prefetch(const void* address) const {
-        asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
-    }
 };
 
 // planes: [images][C][height][width]; workspace: [images][layout.workspace(C)]; reports: [images][iterations]

@@ -28,6 +28,7 @@ MODES = ("exact", "matlab_pcg")
 LOWEST, HIGHEST = -1.0, 2.0  # resampling overshoots [0, 1]; a picture in 0..255 is a mistake
 DIRECT_BYTES = 2**31  # of the direct solver's band
 CUDA_WORKSPACE_BYTES = 2**33  # at most; larger batches go through in parts
+SMALL_PICTURE = 128 * 128  # pixels
 CUDA_LARGEST_SIGMA = 25.0  # the kernel's room for the Gaussian's taps
 
 
@@ -70,6 +71,9 @@ def rtv_smooth(
     threads: 0 for one per CPU that this process may use; 1 in worker processes of a data loader. Results do not depend
         on it.
     out: an array of the same shape and dtype to write to.
+
+    The environment variable DTPM_FAST_RTV_ISA=portable, avx2 or avx512 chooses the instruction set (default: auto, the
+    best one that this CPU has).
 
     Returns the result in the picture's kind, shape and dtype, and with `return_info` also a `SmoothInfo`. Releases the
     GIL; safe in threads and in forked worker processes. Raises TypeError (dtype), ValueError (shape or a parameter's
@@ -119,9 +123,9 @@ def rtv_smooth(
         iterations=iterations,
         solver=solver,
         mode=mode,
-        tol=tol,
+        tol=_tolerance(tol, array.shape),
         threads=threads or len(os.sched_getaffinity(0)),
-        isa="auto",
+        isa=os.environ.get("DTPM_FAST_RTV_ISA", "auto"),
     )
     if not return_info:
         return out
@@ -190,8 +194,8 @@ def _smooth_cuda(
         for first in range(0, count, part):
             _rtv_cuda.smooth(
                 planes[first].data_ptr(), workspace.data_ptr(), reports[first].data_ptr(), real == torch.float64,
-                min(part, count - first), channels, height, width, lam, sigma, sharpness, iterations, tol,
-                torch.cuda.current_stream().cuda_stream,
+                min(part, count - first), channels, height, width, lam, sigma, sharpness, iterations,
+                _tolerance(tol, tuple(image.shape)), torch.cuda.current_stream().cuda_stream,
             )  # fmt: skip
     table = reports.cpu()  # waits for the result
     info = SmoothInfo(table[..., 0].numpy(), table[..., 1].contiguous().view(torch.float32).numpy())
@@ -274,6 +278,12 @@ def _check_parameters(
         raise ValueError(f"solver={solver!r}; use one of {', '.join(SOLVERS)}")
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}; use one of {', '.join(MODES)}")
+
+
+def _tolerance(tol: float, shape: tuple[int, ...]) -> float:
+    """`tol` bounds a mean over the picture; in a small one a single pixel can be further off within it."""
+    height, width = shape if len(shape) == 2 else shape[-3:-1]
+    return tol / 4 if height * width < SMALL_PICTURE else tol
 
 
 def _as_batch(array: np.ndarray) -> np.ndarray:

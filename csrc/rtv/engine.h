@@ -289,7 +289,6 @@ private:
     SolveReport solve() {
         constexpr int most_rounds = 12, most_iterations = 500;
         const double per_round = sizeof(Real) == 4 ? 1e-3 : 1e-7;
-        const double tol = tolerance(options.tol, H, W);
         int iterations = 0;
         double bb[C];
         for (int round = 0;; ++round) {
@@ -300,7 +299,7 @@ private:
             total(2, ulps);
             bool reached = true;
             for (int c = 0; c < C; ++c) {
-                const double enough = std::max(tol * tol * bb[c], std::min(ulps[c], 1e-6 * bb[c]));
+                const double enough = std::max(options.tol * options.tol * bb[c], std::min(ulps[c], 1e-6 * bb[c]));
                 goal[c] = std::max(enough, per_round * per_round * rr[c]);
                 reached = reached && rr[c] <= enough;
                 if (rr[c] > 0) residual = std::max(residual, std::sqrt(rr[c] / bb[c]));

@@ -20,11 +20,6 @@ struct Parameters {
     double tol = 1e-5;
 };
 
-// In a small picture a single pixel weighs more in the norm of the residual than its error in the maximum may.
-constexpr double tolerance(double tol, int height, int width) {
-    return double(height) * width < 128 * 128 ? tol / 4 : tol;
-}
-
 struct SolveReport {
     int iterations;   // of conjugate gradients; 0 for the direct solver
     double residual;  // at the end, relative to the right-hand side, in the preconditioner's norm

@@ -42,7 +42,6 @@ struct HostBlock {
     Barrier* barrier;
     int thread() const { return number; }
     void sync() const { barrier->wait(); }
-    void prefetch(const void*) const {}
 };
 
 template <class Real, int C>
