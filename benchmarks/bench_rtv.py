@@ -1,6 +1,6 @@
 """The smoother against scipy's sparse LU and what pip installs, side by side in one run.
 
-    python benchmarks/bench_rtv.py [--pictures [NAME ...]] [--photo FILE] [--crops N] [--rounds 5] [--quick] [--json FILE]
+    python benchmarks/bench_rtv.py [--pictures [NAME ...]] [--photo FILE] [--crops N] [--rounds 5] [--quick] [--json F]
 
 Every picture is smoothed with the default parameters by every method in turn, `rounds` times for ours and once for the
 slow ones; medians. Errors are against scipy's float64 solution. GB/s counts the bytes that the solver's sweeps have to
