@@ -116,7 +116,7 @@ def bench_picture(image: np.ndarray, options: argparse.Namespace, copy: float) -
     single = image.astype(np.float32)
     cases: dict[str, Callable[[], Any]] = {
         "ours, 1 thread": lambda: rtv_smooth(single, threads=1, return_info=True),
-        "ours, all threads": lambda: rtv_smooth(single, return_info=True),
+        "ours, all threads": lambda: rtv_smooth(single, threads=len(os.sched_getaffinity(0)), return_info=True),
         "ours, float64": lambda: rtv_smooth(image, tol=1e-7, threads=1, return_info=True),
         "ours, matlab_pcg": lambda: rtv_smooth(single, mode="matlab_pcg", return_info=True),
     }

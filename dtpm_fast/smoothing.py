@@ -7,6 +7,7 @@ written from the paper's equations. The solver (csrc/rtv) is described in docs/r
 import math
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -68,8 +69,8 @@ def rtv_smooth(
         of it below 128x128 pixels; the default keeps the largest error below 0.1/255, of photos below 0.02/255.
     device: where a numpy array or a CPU tensor is smoothed: "cpu", "cuda" or "cuda:N". A CUDA tensor is smoothed where
         it is, on the current stream, a thread block a picture: for batches. There only solver="mic", mode="exact".
-    threads: 0 for one per CPU that this process may use; 1 in worker processes of a data loader. Results do not depend
-        on it.
+    threads: 0 for one per CPU that this process may use, and for fewer pictures than CPUs one per idle CPU; 1 in worker
+        processes of a data loader. Results do not depend on it.
     out: an array of the same shape and dtype to write to.
 
     The environment variable DTPM_FAST_RTV_ISA=portable, avx2 or avx512 chooses the instruction set (default: auto, the
@@ -110,7 +111,15 @@ def rtv_smooth(
         import torch as torch_
 
         tensor, info = _smooth_cuda(
-            torch_.from_numpy(np.ascontiguousarray(array)), lam, sigma, sharpness, iterations, solver, mode, tol, device
+            torch_.from_numpy(np.require(array, requirements=["C", "W"])),
+            lam,
+            sigma,
+            sharpness,
+            iterations,
+            solver,
+            mode,
+            tol,
+            device,
         )
         out[...] = tensor.cpu().numpy()
         return (out, info) if return_info else out
@@ -124,7 +133,7 @@ def rtv_smooth(
         solver=solver,
         mode=mode,
         tol=_tolerance(tol, array.shape),
-        threads=threads or len(os.sched_getaffinity(0)),
+        threads=threads or _free_threads(1 if array.ndim < 4 else len(array)),
         isa=os.environ.get("DTPM_FAST_RTV_ISA", "auto"),
     )
     if not return_info:
@@ -186,6 +195,8 @@ def _smooth_cuda(
     if image.is_floating_point():
         _check_range(float(planes.amin()), float(planes.amax()))
     each = _rtv_cuda.workspace(height, width, channels)
+    if each >= 2**31:  # the kernel counts in 32 bits; a picture of a few columns has a wide margin
+        raise ValueError(f"image has shape {tuple(image.shape)}: too large for CUDA; use device='cpu'")
     with torch.cuda.device(batch.device):
         room = min(CUDA_WORKSPACE_BYTES, torch.cuda.mem_get_info()[0] // 2) // (each * real.itemsize)
         part = max(1, min(count, room))
@@ -278,6 +289,24 @@ def _check_parameters(
         raise ValueError(f"solver={solver!r}; use one of {', '.join(SOLVERS)}")
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}; use one of {', '.join(MODES)}")
+
+
+def _free_threads(pictures: int) -> int:
+    """One per CPU that this process may use. Fewer pictures than that share the work on a picture and wait for each other:
+    for them no more than there are idle CPUs beside their own."""
+    cpus = len(os.sched_getaffinity(0))
+    if pictures >= cpus:
+        return cpus
+    idle = max(0, (os.cpu_count() or 1) - _runnable())
+    return min(cpus, pictures + idle)
+
+
+def _runnable() -> int:
+    """Threads that run or want to, on the whole machine, this one included; 1 where the system does not say."""
+    try:
+        return int(Path("/proc/loadavg").read_text().split()[3].split("/")[0])
+    except (OSError, ValueError, IndexError):
+        return 1
 
 
 def _tolerance(tol: float, shape: tuple[int, ...]) -> float:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rtv_reference import early_stopped, rtv_matrix, rtv_reference, rtv_weights
 
-from dtpm_fast import _rtv, rtv_smooth
+from dtpm_fast import _rtv, rtv_smooth, smoothing
 
 SETTINGS = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SHAPES = [(1, 1, 3), (1, 9, 3), (9, 1, 1), (2, 2, 3), (17, 31, 3), (33, 20, 1), (64, 47, 3)]
@@ -161,6 +161,26 @@ def test_threads_do_not_change_the_result(shape: tuple[int, int, int], mode: str
     alone = kernel(image, threads=1, mode=mode)
     for threads in (2, 3, 5):
         np.testing.assert_array_equal(kernel(image, threads=threads, mode=mode), alone)
+
+
+@pytest.mark.parametrize(
+    ("pictures_", "runnable", "expected"),
+    [(1, 1, 4), (1, 3, 2), (1, 9, 1), (3, 2, 4), (3, 9, 3), (4, 9, 4), (64, 9, 4)],
+)
+def test_pictures_share_idle_cores_only(
+    pictures_: int, runnable: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(smoothing, "_runnable", lambda: runnable)
+    asked = []
+    monkeypatch.setattr(_rtv, "smooth", lambda *_, threads, **__: asked.append(threads))
+    rtv_smooth(np.zeros((pictures_, 8, 8, 3), np.float32))
+    assert asked == [expected]
+
+
+def test_the_machine_says_how_many_threads_want_to_run() -> None:
+    assert smoothing._runnable() >= 1
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs processor affinity")
