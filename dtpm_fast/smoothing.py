@@ -292,8 +292,8 @@ def _check_parameters(
 
 
 def _free_threads(pictures: int) -> int:
-    """One per CPU that this process may use. Fewer pictures than that share the work on a picture and wait for each other:
-    for them no more than there are idle CPUs beside their own."""
+    """One per CPU that this process may use. With fewer pictures than that, several threads share one and wait for each
+    other: for them no more than there are idle CPUs beside the pictures' own."""
     cpus = len(os.sched_getaffinity(0))
     if pictures >= cpus:
         return cpus
