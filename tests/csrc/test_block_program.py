@@ -11,7 +11,7 @@ from dtpm_fast import rtv_smooth
 
 SOURCE = Path(__file__).with_name("block_on_host.cpp")
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
 
 
 @pytest.fixture(scope="session")
