@@ -48,7 +48,7 @@ def adaln_conv1x1_backward(
     samples, channels, height, width = x.shape
     pixels = height * width
     programs = programs_per_sample(triton.cdiv(pixels, options["BLOCK_P"]), samples, total=264)
-    grad_x = torch.empty_like(x)
+    grad_x = empty_map(x.shape, x)
     grad_shift = x.new_empty((samples, programs, channels), dtype=torch.float32)
     grad_scale = torch.empty_like(grad_shift)
     grad_bias = x.new_empty((samples, programs, 2 * channels), dtype=torch.float32)

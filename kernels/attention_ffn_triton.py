@@ -12,7 +12,7 @@ import triton.language as tl
 from dtpm_fast.kernels.adaln_conv1x1_triton import block_of, load_modulation, load_row, load_weight, store_square
 from dtpm_fast.kernels.adaln_triton import normalise, normalise_backward
 from dtpm_fast.kernels.dispatch import Options
-from dtpm_fast.kernels.tiles import COMPILER, add_partials, programs_per_sample, sum_pixels
+from dtpm_fast.kernels.tiles import COMPILER, add_partials, empty_map, programs_per_sample, sum_pixels
 
 
 def attention_ffn_forward(
@@ -33,8 +33,8 @@ def attention_ffn_forward(
     """The block's output, and y when `save_y`. `attention` is (B, C) in float32."""
     samples, channels, height, width = x.shape
     pixels = height * width
-    z = torch.empty_like(x)
-    y = torch.empty_like(x) if save_y else None
+    z = empty_map(x.shape, x)
+    y = empty_map(x.shape, x) if save_y else None
     shift, scale = modulation
     matrix, bias_map = (x, x) if adapter is None else adapter  # x stands in for what is not read
     attention_ffn_forward_kernel[(triton.cdiv(pixels, options["BLOCK_P"]), samples)](
@@ -65,7 +65,7 @@ def ffn_backward(
     pixels = height * width
     programs = programs_per_sample(triton.cdiv(pixels, options["BLOCK_P"]), samples, total=264)
     shift, scale = modulation
-    grad_y = torch.empty_like(y)
+    grad_y = empty_map(y.shape, y)
     vectors = y.new_empty((samples, programs, 5, channels), dtype=torch.float32)
     matrices = y.new_empty((samples, programs, 3, channels, channels), dtype=torch.float32)
     ffn_backward_kernel[(programs, samples)](
@@ -86,7 +86,7 @@ def conv3_backward(
     samples, channels, height, width = g.shape
     pixels = height * width
     programs = programs_per_sample(triton.cdiv(pixels, options["BLOCK_P"]), samples, total=264)
-    out = torch.empty_like(g)
+    out = empty_map(g.shape, g)
     vectors = g.new_empty((samples, programs, channels), dtype=torch.float32)
     matrices = g.new_empty((samples, programs, channels, channels), dtype=torch.float32)
     conv3_backward_kernel[(programs, samples)](

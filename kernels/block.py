@@ -29,7 +29,7 @@ def denoising_block(
     adapter: tuple[Tensor, Tensor] | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """The block, differentiable in everything; the backward keeps x, y and (B, C) means, and recomputes the rest.
+    """The block, differentiable in everything; the backward keeps x, y, g and (B, C) means, and recomputes the rest.
 
     Args:
         x: (B, C, H, W); channels_last, or contiguous, which costs a copy on a GPU.
@@ -102,31 +102,28 @@ def block_weights(module: nn.Module) -> BlockWeights:
     return BlockWeights(*found)
 
 
+def check_weights(weights: BlockWeights, like: Tensor) -> None:
+    """A block's weights for the C channels of `like`, (N, C, ...); the convolutions' in its dtype and on its device.
+
+    Raises: `ValueError` for a wrong shape, stride or device, `TypeError` for a wrong dtype.
+    """
+    c = like.shape[1]
+    square, doubled = (c, c, 1, 1), (2 * c, c, 1, 1)
+    shapes: list[tuple[int, ...]] = [doubled, (2 * c,), (2 * c, 1, 3, 3), (2 * c,), square, (c,)]
+    shapes += [square, (c,), doubled, (2 * c,), square, (c,)]
+    for name, weight, shape in zip(BlockWeights._fields, weights, shapes, strict=False):
+        check_parameter(name, weight, shape, like)
+    check_vector("beta", weights.beta, (1, c, 1, 1), like)
+    check_vector("gamma", weights.gamma, (1, c, 1, 1), like)
+
+
 def _check(x: Tensor, modulation: Modulation, weights: BlockWeights, adapter: tuple[Tensor, Tensor] | None) -> None:
     check_map("x", x)
     for name, vector in zip(Modulation._fields, modulation, strict=True):
         check_modulation(name, vector, x)
-    c = x.shape[1]
-    square, doubled = (c, c, 1, 1), (2 * c, c, 1, 1)
-    shapes = [
-        doubled,
-        (2 * c,),
-        (2 * c, 1, 3, 3),
-        (2 * c,),
-        square,
-        (c,),
-        square,
-        (c,),
-        doubled,
-        (2 * c,),
-        square,
-        (c,),
-    ]
-    for name, weight, shape in zip(BlockWeights._fields, weights, shapes, strict=False):
-        check_parameter(name, weight, shape, x)
-    check_vector("beta", weights.beta, (1, c, 1, 1), x)
-    check_vector("gamma", weights.gamma, (1, c, 1, 1), x)
+    check_weights(weights, x)
     if adapter is not None:
+        c = x.shape[1]
         check_parameter("adapter[0]", adapter[0], (c, c), x)
         check_map("adapter[1]", adapter[1])
         if adapter[1].shape != x.shape or adapter[1].dtype != x.dtype or adapter[1].device != x.device:
@@ -161,11 +158,11 @@ def _(
 @torch.library.custom_op("dtpm_fast::denoising_block_train", mutates_args=())
 def _block_train(
     x: Tensor, modulation: list[Tensor], weights: list[Tensor], eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output and what the backward keeps: y and the gate's means."""
-    z, y, mean = block_forward(x, Modulation(*modulation), BlockWeights(*weights), None, eps, save=True)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output and what the backward keeps: y, the first gate's output and its means."""
+    z, y, g, mean = block_forward(x, Modulation(*modulation), BlockWeights(*weights), None, eps, save=True)
     assert y is not None
-    return z, y, mean
+    return z, y, g, mean
 
 
 @_block_train.register_fake
@@ -174,18 +171,25 @@ def _(
     modulation: list[Tensor],
     weights: list[Tensor],
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    z, y = (torch.empty_like(x, memory_format=torch.channels_last) for _ in range(2))
-    return z, y, x.new_empty(x.shape[:2], dtype=torch.float64)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z, y, g = (torch.empty_like(x, memory_format=torch.channels_last) for _ in range(3))
+    return z, y, g, x.new_empty(x.shape[:2], dtype=torch.float64)
 
 
 @torch.library.custom_op("dtpm_fast::denoising_block_backward", mutates_args=())
 def _block_backward(
-    grad: Tensor, x: Tensor, y: Tensor, mean: Tensor, modulation: list[Tensor], weights: list[Tensor], eps: float
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    g: Tensor,
+    mean: Tensor,
+    modulation: list[Tensor],
+    weights: list[Tensor],
+    eps: float,
 ) -> list[Tensor]:
     """Gradients of x, the modulation and the weights, in this order."""
     grad_x, grad_modulation, grad_weights = block_backward(
-        grad, x, y, mean, Modulation(*modulation), BlockWeights(*weights), eps
+        grad, x, y, g, mean, Modulation(*modulation), BlockWeights(*weights), eps
     )
     return [grad_x, *grad_modulation, *grad_weights]
 
@@ -195,6 +199,7 @@ def _(
     grad: Tensor,
     x: Tensor,
     y: Tensor,
+    g: Tensor,
     mean: Tensor,
     modulation: list[Tensor],
     weights: list[Tensor],
@@ -206,14 +211,14 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, modulation, weights, ctx.eps = inputs
-    _, y, mean = output
-    ctx.mark_non_differentiable(y, mean)
-    ctx.save_for_backward(x, y, mean, *modulation, *weights)
+    _, y, g, mean = output
+    ctx.mark_non_differentiable(y, g, mean)
+    ctx.save_for_backward(x, y, g, mean, *modulation, *weights)
 
 
-def _backward(ctx, grad, grad_y, grad_mean):  # type: ignore[no-untyped-def]
-    x, y, mean, *rest = ctx.saved_tensors
-    grad_x, *grads = _block_backward(grad, x, y, mean, rest[:4], rest[4:], ctx.eps)
+def _backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]
+    x, y, g, mean, *rest = ctx.saved_tensors
+    grad_x, *grads = _block_backward(grad, x, y, g, mean, rest[:4], rest[4:], ctx.eps)
     return grad_x, grads[:4], grads[4:], None
 
 

@@ -57,36 +57,43 @@ def block_forward(
     adapter: tuple[Tensor, Tensor] | None,
     eps: float,
     save: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The block's output; y, the map between its halves, when `save`; and the gate's means (B, C) in float64."""
-    with torch.autocast(x.device.type, enabled=False):
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The block's output; y, the map between its halves, when `save`; the first gate's output g; g's means (B, C) in
+    float64."""
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         h = _adaln_conv1x1(x, modulation, weights, eps)
         g, mean = _dwconv_gate_pool(h, weights)
         attention = attention_of(mean, weights.sca_weight, weights.sca_bias)
         z, y = _attention_ffn(g, attention, x, modulation, weights, adapter, eps, save)
-    return z, y, mean
+    return z, y, g, mean
 
 
 def block_backward(
-    grad: Tensor, x: Tensor, y: Tensor, mean: Tensor, modulation: Modulation, weights: BlockWeights, eps: float
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    g: Tensor,
+    mean: Tensor,
+    modulation: Modulation,
+    weights: BlockWeights,
+    eps: float,
 ) -> tuple[Tensor, Modulation, BlockWeights]:
     """Gradients of the block's input, modulation and weights, each in its own shape and dtype.
 
-    The maps between are computed once more from x, y and the means. Every sum is taken in one fixed order.
+    The other maps are computed once more from x, y and g. Every sum is taken in one fixed order.
     """
     pixels = x.shape[2] * x.shape[3]
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_y, shift2, scale2, conv4, conv4_bias, conv5, conv5_bias, gamma = _ffn_backward(
             grad, y, modulation, weights, eps
         )
-        h = _adaln_conv1x1(x, modulation, weights, eps)
-        g, _ = _dwconv_gate_pool(h, weights)
         attention = attention_of(mean, weights.sca_weight, weights.sca_bias)
         grad_g, grad_attention, conv3, conv3_bias, beta = _conv3_backward(grad_y, g, attention, weights)
         grad_mean, sca, sca_bias = attention_backward(grad_attention, mean, weights.sca_weight)
-        grad_h = _gate_backward(grad_g, attention, grad_mean / pixels, h, weights)
-        grad_h, conv2, conv2_bias = _dwconv_backward(grad_h, h, weights)
+        h = _adaln_conv1x1(x, modulation, weights, eps)
+        grad_h, conv2, conv2_bias = _gate_backward(grad_g, attention, grad_mean / pixels, h, weights)
+        grad_h = _dwconv_backward(grad_h, weights)
         grad_x, shift1, scale1, conv1, conv1_bias = _adaln_conv1x1_backward(grad_h, grad_y, x, modulation, weights, eps)
     grads = [conv1, conv1_bias, conv2, conv2_bias, sca, sca_bias, conv3, conv3_bias]
     grads += [conv4, conv4_bias, conv5, conv5_bias, beta, gamma]
@@ -251,25 +258,34 @@ def _scaled_conv_backward(
     return scale[:, None] * product, scale * total, (weight * product).sum(1) + bias * total
 
 
-def _gate_backward(grad: Tensor, scale: Tensor, offset: Tensor, h: Tensor, weights: BlockWeights) -> Tensor:
+def _gate_backward(
+    grad: Tensor, scale: Tensor, offset: Tensor, h: Tensor, weights: BlockWeights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the depth-wise convolution's output, weight and bias; the gate's is `grad · scale + offset`."""
     if runs_triton(h):
         from dtpm_fast.kernels.dwconv_triton import gate_backward
 
         options = _always_fused("gate_backward", h)
         return gate_backward(grad, scale.float(), offset.float(), h, weights.conv2_weight, weights.conv2_bias, options)
-    h = F.conv2d(h, weights.conv2_weight, weights.conv2_bias, padding=1, groups=h.shape[1])
-    return compute_simple_gate_backward(compute_scaling(grad, scale, offset), h)
+    gated = F.conv2d(h, weights.conv2_weight, weights.conv2_bias, padding=1, groups=h.shape[1])
+    grad = compute_simple_gate_backward(compute_scaling(grad, scale, offset), gated)
+    _, conv2, conv2_bias = _convolution_backward(grad, h, weights.conv2_weight, [False, True, True])
+    return grad, conv2, conv2_bias
 
 
-def _dwconv_backward(grad: Tensor, h: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the depth-wise convolution's input, weight and bias."""
-    if runs_triton(h):
+def _dwconv_backward(grad: Tensor, weights: BlockWeights) -> Tensor:
+    """Gradient of the depth-wise convolution's input from that of its output."""
+    if runs_triton(grad):
         from dtpm_fast.kernels.dwconv_triton import dwconv_backward
 
-        return dwconv_backward(grad, h, weights.conv2_weight, _always_fused("dwconv_backward", h))
+        return dwconv_backward(grad, weights.conv2_weight, _always_fused("dwconv_backward", grad))
+    return _convolution_backward(grad, torch.empty_like(grad), weights.conv2_weight, [True, False, False])[0]
+
+
+def _convolution_backward(grad: Tensor, h: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
     groups = h.shape[1]
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-        grad, h, weights.conv2_weight, [groups], [1, 1], [1, 1], [1, 1], False, [0, 0], groups, [True, True, True]
+    grads: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        grad, h, weight, [groups], [1, 1], [1, 1], [1, 1], False, [0, 0], groups, wanted
     )
     return grads
 

@@ -46,9 +46,8 @@ FLOAT32 = {
     "channel_sums_kernel": {"sums_ptr"},
     "scale_channels_kernel": {"scale_ptr", "offset_ptr"},
     "adaln_conv1x1_backward_kernel": {"grad_shift_ptr", "grad_scale_ptr", "grad_weight_ptr", "grad_bias_ptr"},
-    "dwconv_gate_pool_kernel": {"sums_ptr"},
-    "gate_backward_kernel": {"scale_ptr", "offset_ptr"},
-    "dwconv_backward_kernel": {"sums_ptr"},
+    "dwconv_gate_pool_forward_kernel": {"sums_ptr"},
+    "gate_backward_kernel": {"scale_ptr", "offset_ptr", "sums_ptr"},
     "attention_ffn_forward_kernel": {"attention_ptr"},
     "ffn_backward_kernel": {"vectors_ptr", "matrices_ptr"},
     "conv3_backward_kernel": {"vectors_ptr", "matrices_ptr"},
@@ -88,8 +87,11 @@ def cases() -> Iterator[Case]:
             yield from _fused(channels, dtype)
 
 
-def compile_case(case: Case, capability: int) -> Resources:
-    """Compile for sm_`capability`. Raises what Triton raises when the kernel does not compile."""
+def compile_case(case: Case, capability: int, multiples_of_16: bool = False) -> Resources:
+    """Compile for sm_`capability`: for any sizes, or for multiples of 16, of which Triton's launches make use.
+
+    Raises what Triton raises when the kernel does not compile.
+    """
     kernel = case.kernel
     constants = {name: value for name, value in case.constants.items() if name in kernel.arg_names}
     # The rest of the launch's options are the compiler's.
@@ -105,6 +107,8 @@ def compile_case(case: Case, capability: int) -> Resources:
             attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "eps" else "i32"
+            if name != "eps" and multiples_of_16:
+                attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spilled = _resource_usage(compiled.asm["cubin"])
@@ -135,7 +139,7 @@ def _fused(channels: int, dtype: torch.dtype) -> Iterator[Case]:
     table: list[tuple[str, Any, dict[str, int | bool]]] = [
         ("adaln_conv1x1_forward", k1.adaln_conv1x1_forward_kernel, {**plain}),
         ("adaln_conv1x1_backward", k1.adaln_conv1x1_backward_kernel, {**plain}),
-        ("dwconv_gate_pool_forward", k2.dwconv_gate_pool_kernel, {**single}),
+        ("dwconv_gate_pool_forward", k2.dwconv_gate_pool_forward_kernel, {**single}),
         ("gate_backward", k2.gate_backward_kernel, {**single}),
         ("dwconv_backward", k2.dwconv_backward_kernel, {**doubled}),
         ("attention_ffn_forward", k3.attention_ffn_forward_kernel, {**plain, "SAVE_Y": True, "ADAPTER": False}),

@@ -16,6 +16,25 @@ from typing import Any
 import torch
 
 TABLE = Path(__file__).with_name("dispatch.json")
+# Channels of an entry that serves any number of them.
+ANY = 65536
+BITS = (16, 32)
+
+_TILE = frozenset(("BLOCK_P", "num_warps", "num_stages"))
+_STRIP = frozenset(("GROUPS", "COLUMNS", "BLOCK_C", "ROWS", "num_warps"))
+# The options that each kernel takes.
+OPTIONS = {
+    "adaln_conv1x1_forward": _TILE | {"BLOCK_N"},
+    "adaln_conv1x1_backward": _TILE,
+    "attention_ffn_forward": _TILE,
+    "ffn_backward": _TILE,
+    "conv3_backward": _TILE,
+    "dwconv_gate_pool_forward": _STRIP,
+    "gate_backward": _STRIP,
+    "dwconv_backward": _STRIP,
+}
+# These have no other form than their kernel: the table holds one entry of them for any number of channels.
+ALWAYS = ("dwconv_gate_pool_forward", "gate_backward", "dwconv_backward")
 
 Options = dict[str, int]
 Table = dict[str, list[dict[str, Any]]]
@@ -34,7 +53,7 @@ def options_of(kernel: str, channels: int, dtype: torch.dtype) -> Options | None
 
 def table() -> Table:
     """The table in use: `using_table`'s, else the file that DTPM_FAST_DISPATCH names, else the one recorded here."""
-    return _in_use[-1] if _in_use else _read(os.environ.get("DTPM_FAST_DISPATCH") or str(TABLE))
+    return _in_use[-1] if _in_use else read_table(os.environ.get("DTPM_FAST_DISPATCH") or str(TABLE))
 
 
 @contextmanager
@@ -48,6 +67,38 @@ def using_table(kernels: Table) -> Iterator[None]:
 
 
 @functools.cache
-def _read(path: str) -> Table:
-    kernels: Table = json.loads(Path(path).read_text(encoding="utf-8"))["kernels"]
+def read_table(path: str) -> Table:
+    """The table in a file. Raises `ValueError`, naming the file and the entry, for anything that is not one: a wrong
+    option would otherwise be an error inside of a kernel's launch, or a group of kernels silently not in use."""
+    try:
+        kernels: Table = json.loads(Path(path).read_text(encoding="utf-8"))["kernels"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no dispatch table ({type(error).__name__}: {error})") from error
+    try:
+        _check(kernels)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no dispatch table: {error}") from error
     return kernels
+
+
+def _check(kernels: Table) -> None:
+    unknown = kernels.keys() - OPTIONS.keys()
+    if unknown:
+        raise ValueError(f"there is no kernel {min(unknown)}")
+    for kernel, entries in kernels.items():
+        for entry in entries:
+            channels, bits, options = entry["channels"], entry["bits"], entry["options"]
+            if not isinstance(channels, int) or channels < 1 or bits not in BITS:
+                raise ValueError(f"{kernel} has an entry for {channels} channels of {bits} bits")
+            if options is None and kernel not in ALWAYS:
+                continue
+            if options is None or options.keys() != OPTIONS[kernel]:
+                raise ValueError(f"{kernel} at {channels} channels takes exactly {', '.join(sorted(OPTIONS[kernel]))}")
+            for name, value in options.items():
+                power = name not in ("ROWS", "COLUMNS", "num_stages")
+                if type(value) is not int or not 0 < value <= 1024 or (power and value & (value - 1)):
+                    raise ValueError(f"{kernel} at {channels} channels has {name} = {value}")
+    for kernel in ALWAYS:
+        for bits in BITS:
+            if not any(entry["bits"] == bits and entry["channels"] == ANY for entry in kernels.get(kernel, [])):
+                raise ValueError(f"{kernel} needs an entry of {bits} bits for {ANY} channels, having no other form")

@@ -2,13 +2,20 @@
 
     python -m dtpm_fast.kernels.traffic                    prints the table
     python -m dtpm_fast.kernels.traffic --write FILE.md    puts it between the file's two marker lines
+    ncu --clock-control none --csv --print-units base --metrics dram__bytes_read.sum,dram__bytes_write.sum \\
+        -k 'regex:adaln_conv1x1|dwconv|attention_ffn|ffn_b|conv3_b|gate_b' \\
+        python -m dtpm_fast.kernels.traffic --launch > ncu.csv
+    python -m dtpm_fast.kernels.traffic --measured ncu.csv --write FILE.md    the same with what a GPU's counters say
 
 The fused kernels are counted by what they read and write once. Eager PyTorch is counted as it runs: every operation's
 inputs and outputs, over shapes alone (no memory, no GPU). Neither counts caches, weights or per-program sums.
 """
 
 import argparse
+import csv
+import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtpm_fast.commands.run import run
-from dtpm_fast.kernels.block import denoising_block_ref
+from dtpm_fast.errors import UserError
+from dtpm_fast.kernels.block import denoising_block, denoising_block_ref
 from dtpm_fast.kernels.block_compute import BlockWeights, Modulation
 from dtpm_fast.kernels.document import write_table
 
@@ -34,15 +42,14 @@ FORWARD = {
     "dwconv_gate_pool_forward": Maps(2, 1),
     "attention_ffn_forward": Maps(2, 1),
 }
-# y is kept besides; the backward computes h and g once more.
+# y is written besides, and g, which is written anyway, is kept; the backward computes h once more.
 TRAINING_FORWARD = FORWARD | {"attention_ffn_forward": Maps(2, 2)}
 BACKWARD = {
     "ffn_backward": Maps(2, 1),
-    "adaln_conv1x1_forward": Maps(1, 2),
-    "dwconv_gate_pool_forward": Maps(2, 1),
     "conv3_backward": Maps(2, 1),
+    "adaln_conv1x1_forward": Maps(1, 2),
     "gate_backward": Maps(3, 2),
-    "dwconv_backward": Maps(4, 2),
+    "dwconv_backward": Maps(2, 2),
     "adaln_conv1x1_backward": Maps(4, 1),
 }
 ADAPTER = Maps(1, 0)  # the bias map, read by attention_ffn_forward
@@ -124,8 +131,39 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def markdown(channels: int, size: int, batch: int) -> str:
-    """Each kernel's reads and writes, and the sums beside eager's."""
+def launch(channels: int, size: int, batch: int) -> None:
+    """One step of the block for a profiler to count, and one before it that compiles."""
+    if not torch.cuda.is_available():
+        raise UserError("there is no CUDA device whose traffic could be counted")
+    inputs = [t.requires_grad_() for t in block_inputs(batch, channels, size, size, torch.bfloat16, "cuda")]
+    for _ in range(2):
+        z = denoising_block(inputs[0], *Modulation(*inputs[1:5]), BlockWeights(*inputs[5:]))
+        torch.autograd.grad(z, inputs, torch.randn_like(z))
+    torch.cuda.synchronize()
+
+
+def read_counters(file: Path) -> dict[str, float]:
+    """Bytes that each kernel read and wrote a launch, median, from what `ncu --csv` printed."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
+    heads = [place for place, line in enumerate(lines) if line.startswith('"ID"')]
+    launches: dict[tuple[str, str], float] = {}
+    for row in csv.DictReader(lines[heads[0] :]) if heads else ():
+        name, metric = str(row["Kernel Name"]).split("(")[0].removesuffix("_kernel"), str(row["Metric Name"])
+        if metric.startswith("dram__bytes") and row["Metric Unit"] == "byte":
+            key = name, row["ID"]
+            launches[key] = launches.get(key, 0.0) + float(row["Metric Value"].replace(",", ""))
+    if not launches:
+        raise UserError(f"{file}: holds no dram__bytes in bytes; it is to be what ncu --csv --print-units base printed")
+    names = {name for name, _ in launches}
+    return {name: statistics.median(v for (n, _), v in launches.items() if n == name) for name in names}
+
+
+def markdown(channels: int, size: int, batch: int, measured: Mapping[str, float] | None = None) -> str:
+    """Each kernel's reads and writes, beside the bytes that a GPU counted, and the sums beside eager's."""
+    counted_bytes = {name: f"{value / 1e6:.0f}" for name, value in (measured or {}).items()}
     unit = batch * channels * size**2 * 2
     lines = [
         f"C = {channels}, {size}², batch {batch}, 16 bits: T = {unit / 1e6:.1f} MB.",
@@ -135,7 +173,8 @@ def markdown(channels: int, size: int, batch: int) -> str:
     ]
     for step, kernels in (("forward", FORWARD), ("backward", BACKWARD)):
         lines += [
-            f"| {step} | {name} | {maps.read} | {maps.written} | {sum(maps) * unit / 1e6:.0f} | not run |"
+            f"| {step} | {name} | {maps.read} | {maps.written} | {sum(maps) * unit / 1e6:.0f} "
+            f"| {counted_bytes.get(name, 'not run')} |"
             for name, maps in kernels.items()
         ]
     counted = eager(channels, size, batch)
@@ -143,7 +182,7 @@ def markdown(channels: int, size: int, batch: int) -> str:
         "",
         "| | forward | forward in training | backward | kept for the backward |",
         "|---|---|---|---|---|",
-        f"| fused | {total(FORWARD)} T | {total(TRAINING_FORWARD)} T | {total(BACKWARD)} T | 2 T |",
+        f"| fused | {total(FORWARD)} T | {total(TRAINING_FORWARD)} T | {total(BACKWARD)} T | 3 T |",
         f"| eager PyTorch, counted | {counted.forward:.1f} T | {counted.forward:.1f} T | {counted.backward:.1f} T "
         f"| {counted.kept:.1f} T |",
     ]
@@ -160,10 +199,16 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=256, help="height and width in pixels")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the table between this file's marker lines")
+    parser.add_argument("--launch", action="store_true", help="run the block once on the GPU, for ncu to count")
+    parser.add_argument("--measured", type=Path, metavar="NCU.csv", help="what ncu --csv printed of that")
     arguments = parser.parse_args()
 
     def work() -> int:
-        text = markdown(arguments.channels, arguments.size, arguments.batch)
+        shape = arguments.channels, arguments.size, arguments.batch
+        if arguments.launch:
+            launch(*shape)
+            return 0
+        text = markdown(*shape, None if arguments.measured is None else read_counters(arguments.measured))
         if arguments.write is None:
             print(text)
         else:

@@ -1,18 +1,25 @@
 """Measures every fused kernel's tile sizes on this GPU against cuBLAS, and writes the dispatch table.
 
-    python -m dtpm_fast.kernels.tune --output dispatch.json
+    python -m dtpm_fast.kernels.tune --output dispatch.json --minutes 5
+    python -m dtpm_fast.kernels.tune --output dispatch.json --minutes 5 --resume      where the first one ended
 
 Nothing else tunes: without this command the recorded table decides, and DTPM_FAST_DISPATCH=dispatch.json names another.
+Processes beside this one compile the tile sizes ahead; only this one measures. The file is written whole after every
+kernel and channel count, and what was not measured keeps the entry of the table in use, so it serves at any time.
 """
 
 import argparse
+import contextlib
 import datetime
 import itertools
 import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,25 +31,22 @@ from dtpm_fast.errors import UserError
 from dtpm_fast.kernels import block_compute
 from dtpm_fast.kernels.block_compute import BlockWeights, Modulation
 from dtpm_fast.kernels.channel_attention import attention_of
-from dtpm_fast.kernels.dispatch import Options, Table, table, using_table
+from dtpm_fast.kernels.dispatch import ALWAYS, ANY, Options, Table, read_table, table, using_table
 from dtpm_fast.kernels.traffic import block_inputs
 
 CHANNELS = (32, 64, 128, 256, 512)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 BATCH = 8
 EPS = 1e-6
-# These have no other form than their kernel, so the table holds one entry of them for any number of channels.
-ALWAYS = ("dwconv_gate_pool_forward", "gate_backward", "dwconv_backward")
-ANY = 65536
 
 _TILES = [
     {"BLOCK_P": pixels, "num_warps": warps, "num_stages": stages}
     for pixels, warps, stages in itertools.product((16, 32, 64, 128), (2, 4, 8), (1, 2, 3))
 ]
 _STRIPS = [
-    {"BLOCK_W": columns, "BLOCK_C": channels, "ROWS": rows, "num_warps": warps}
-    for columns, channels, rows, warps in itertools.product((8, 16, 32), (16, 32, 64), (8, 16, 32), (4, 8))
-    if 2 <= columns * channels // (32 * warps) <= 8
+    {"GROUPS": groups, "COLUMNS": columns, "BLOCK_C": channels, "ROWS": rows, "num_warps": 4}
+    for groups, columns, channels, rows in itertools.product((2, 4, 8, 16), (1, 2, 4), (32, 64), (16, 32))
+    if 1 <= groups * channels // 128 <= 4
 ]
 CANDIDATES: dict[str, list[Options]] = {
     "adaln_conv1x1_forward": [tile | {"BLOCK_N": outputs} for tile in _TILES for outputs in (64, 128)],
@@ -52,46 +56,115 @@ CANDIDATES: dict[str, list[Options]] = {
     "conv3_backward": _TILES,
     **dict.fromkeys(ALWAYS, _STRIPS),
 }
+# Float32 values that a program holds at a time, roughly: tiles of pixels by channels, and of channels by channels.
+_HELD = {
+    "adaln_conv1x1_forward": (2, 0.0),
+    "adaln_conv1x1_backward": (5, 2.5),
+    "attention_ffn_forward": (4, 0.5),
+    "ffn_backward": (7, 4.0),
+    "conv3_backward": (3, 1.5),
+}
 
 
-def tune(channels: tuple[int, ...], bits: tuple[int, ...]) -> Table:
-    """Time every candidate and the form without the kernel; keep the fastest, or none where the kernel loses.
+class Job(NamedTuple):
+    """One entry of the table to be found."""
+
+    kernel: str
+    channels: int
+    bits: int
+
+
+def candidates(job: Job) -> list[Options]:
+    """The tile sizes worth compiling: others would spill, or leave a thread next to nothing to do."""
+    if job.kernel in ALWAYS:
+        return CANDIDATES[job.kernel]
+    tiles, squares = _HELD[job.kernel]
+    c = triton.next_power_of_2(job.channels)
+    found = []
+    for options in CANDIDATES[job.kernel]:
+        pixels, outputs = options["BLOCK_P"], options.get("BLOCK_N", 0)
+        held = tiles * pixels * c + squares * c * c + outputs * (c / 2 + pixels)
+        if 16 <= held / (32 * options["num_warps"]) <= 128 and outputs <= 2 * c:
+            found.append(options)
+    return found
+
+
+def jobs_of(channels: tuple[int, ...], bits: tuple[int, ...]) -> list[Job]:
+    """In the order in which they are worth measuring: 64 channels first, which is where the presets' time goes."""
+    order = sorted(channels, key=lambda c: (c != 64, c))
+    everywhere = [Job(kernel, 64, width) for width in bits for kernel in ALWAYS]
+    by_channels = [Job(k, c, width) for width in bits for c in order for k in CANDIDATES if k not in ALWAYS]
+    return everywhere + by_channels
+
+
+def tune(jobs: list[Job], found: Table, ready: Callable[[Job], Any], keep: Callable[[Table, Job], Any]) -> Table:
+    """Time every candidate of each job and the form without the kernel; keep the fastest, or none where it loses.
 
     An entry also serves the smaller channel counts that have none. So a count at which the kernel loses, below one at
-    which it wins, gets an entry without options, which stands for the form without the kernel.
+    which it wins, gets an entry without options, which stands for the form without the kernel. `ready` is called before
+    a job, `keep` after it with the table so far.
     """
-    found: Table = {kernel: [] for kernel in CANDIDATES}
-    jobs = [(kernel, c, width) for kernel in CANDIDATES for width in bits for c in channels]
-    with tqdm(jobs, unit="kernel") as progress:
-        for kernel, c, width in progress:
-            if kernel in ALWAYS and c != 64:
-                continue
-            progress.set_postfix_str(f"{kernel} C={c} {width} bits")
-            step = _steps(c, DTYPES[width])[kernel]
-            timed = [(seconds, options) for options in CANDIDATES[kernel] if (seconds := _time(kernel, options, step))]
-            if kernel not in ALWAYS:
-                timed.append((_time(kernel, None, step) or float("inf"), {}))
-            best = min(timed, key=lambda entry: entry[0])[1]
-            entry = {"channels": ANY if kernel in ALWAYS else c, "bits": width, "options": best or None}
-            found[kernel].append(entry)
+    with tqdm(jobs, unit="kernel", disable=None) as progress:
+        for job in progress:
+            progress.set_postfix_str(f"{job.kernel} C={job.channels} {job.bits} bits")
+            ready(job)
+            step = _steps(job.channels, DTYPES[job.bits])[job.kernel]
+            timed = [(ms, options) for options in candidates(job) if (ms := _time(job.kernel, options, step))]
+            if job.kernel not in ALWAYS:
+                timed.append((_time(job.kernel, None, step) or float("inf"), {}))
+            if not timed:
+                raise UserError(f"no tile size of {job.kernel} runs on this GPU at {job.channels} channels")
+            best = min(timed, key=lambda entry: entry[0])[1] or None
+            channels = ANY if job.kernel in ALWAYS else job.channels
+            entries = [e for e in found.get(job.kernel, []) if (e["channels"], e["bits"]) != (channels, job.bits)]
+            entry = {"channels": channels, "bits": job.bits, "options": best}
+            found = found | {job.kernel: sorted([*entries, entry], key=lambda e: (e["bits"], e["channels"]))}
+            keep(found, job)
     return found
 
 
 def _time(kernel: str, options: Options | None, step: Callable[[], Any]) -> float | None:
     """Median milliseconds with a cold L2 cache; None where the tile does not fit the GPU. No options: not fused."""
-    entries = [] if options is None else [{"channels": ANY, "bits": b, "options": options} for b in DTYPES]
-    with using_table(table() | {kernel: entries}):
+    with _alone(kernel, options):
         try:
-            milliseconds: float = triton.testing.do_bench(step, warmup=10, rep=50, return_mode="median")
-        except triton.runtime.errors.OutOfResources:
+            milliseconds: float = triton.testing.do_bench(step, warmup=5, rep=20, return_mode="median")
+        except Exception as error:
+            if not _does_not_compile(error):
+                raise
             return None
     return milliseconds
 
 
-def _steps(channels: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+def _does_not_compile(error: Exception) -> bool:
+    """Too many registers, too much shared memory, or nothing that the compiler finds a way to do."""
+    return isinstance(error, triton.runtime.errors.TritonError) or str(error).startswith("PassManager")
+
+
+@contextlib.contextmanager
+def _alone(kernel: str, options: Options | None) -> Iterator[None]:
+    """The table in use, but for this kernel's options."""
+    entries = [] if options is None else [{"channels": ANY, "bits": bits, "options": options} for bits in DTYPES]
+    with using_table(table() | {kernel: entries}):
+        yield
+
+
+def _compile(job: Job) -> None:
+    """In another process: launch every candidate once on a small map, which leaves it in Triton's cache on disk."""
+    step = _steps(job.channels, DTYPES[job.bits], side=16, batch=1)[job.kernel]
+    for options in candidates(job):
+        with _alone(job.kernel, options):
+            try:
+                step()
+            except Exception as error:
+                if not _does_not_compile(error):
+                    raise
+    torch.cuda.synchronize()
+
+
+def _steps(channels: int, dtype: torch.dtype, side: int = 0, batch: int = BATCH) -> dict[str, Callable[[], Any]]:
     """Each kernel's group at the presets' shape of this many channels: 256² at 64, halved with every doubling."""
-    side = 256 * 64 // channels
-    inputs = block_inputs(BATCH, channels, side, side, dtype, "cuda")
+    side = side or 256 * 64 // channels
+    inputs = block_inputs(batch, channels, side, side, dtype, "cuda")
     x, modulation, weights = inputs[0], Modulation(*inputs[1:5]), BlockWeights(*inputs[5:])
     h = block_compute._adaln_conv1x1(x, modulation, weights, EPS)
     g, mean = block_compute._dwconv_gate_pool(h, weights)
@@ -105,37 +178,77 @@ def _steps(channels: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         "conv3_backward": lambda: block_compute._conv3_backward(x, g, attention, weights),
         "dwconv_gate_pool_forward": lambda: block_compute._dwconv_gate_pool(h, weights),
         "gate_backward": lambda: block_compute._gate_backward(g, attention, mean, h, weights),
-        "dwconv_backward": lambda: block_compute._dwconv_backward(h, h, weights),
+        "dwconv_backward": lambda: block_compute._dwconv_backward(h, weights),
     }
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dtpm_fast.kernels.tune",
         description="Measure the fused kernels' tile sizes on this GPU and write the dispatch table.",
-        epilog="example: python -m dtpm_fast.kernels.tune --output dispatch.json --bits 16",
+        epilog="example: python -m dtpm_fast.kernels.tune --output dispatch.json --minutes 5",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS, choices=CHANNELS, metavar="C")
-    parser.add_argument("--bits", type=int, nargs="+", default=(16, 32), choices=(16, 32))
-    arguments = parser.parse_args()
+    parser.add_argument("--bits", type=int, nargs="+", default=(16,), choices=(16, 32), help="default: 16")
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no further measurement after this long")
+    parser.add_argument("--resume", action="store_true", help="keep what --output holds already; measure the rest")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 16), help="processes that compile ahead")
+    arguments = parser.parse_args(argv)
     return run(lambda: _work(arguments))
 
 
 def _work(arguments: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise UserError("tuning measures on a CUDA device, and PyTorch sees none here; the recorded table stays in use")
-    found = tune(tuple(sorted(arguments.channels)), tuple(arguments.bits))
+    found, done = _start(arguments.output, arguments.resume)
+    jobs = [job for job in jobs_of(tuple(arguments.channels), tuple(arguments.bits)) if job not in done]
+    until = time.monotonic() + 60 * arguments.minutes
+
+    def keep(so_far: Table, job: Job) -> None:
+        done.append(job)
+        _write(arguments.output, so_far, done)
+
+    # CUDA does not survive a fork. Leaving the pool ends its processes, whatever they are at.
+    with multiprocessing.get_context("spawn").Pool(max(1, arguments.jobs)) as pool:
+        compiled = {job: pool.apply_async(_compile, (job,)) for job in jobs}
+
+        def ready(job: Job) -> None:
+            compiled[job].wait(max(0.0, until - time.monotonic()))
+            if time.monotonic() >= until:
+                raise TimeoutError
+
+        try:
+            tune(jobs, found, ready, keep)
+        except TimeoutError:
+            print(f"out of time after {len(done)} entries; --resume measures the rest", file=sys.stderr)
+    print(f"{arguments.output}: name it in DTPM_FAST_DISPATCH to use it")
+    return 0
+
+
+def _start(output: Path, resume: bool) -> tuple[Table, list[Job]]:
+    """The table to begin with, and the jobs that it holds measurements of."""
+    if not (resume and output.exists()):
+        return table(), []
+    try:
+        found = read_table(str(output))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    measured = (json.loads(output.read_text(encoding="utf-8")).get("measured_on") or {}).get("entries", [])
+    return found, [Job(*entry) for entry in measured]
+
+
+def _write(output: Path, kernels: Table, done: list[Job]) -> None:
     measured_on = {
         "device": torch.cuda.get_device_name(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "entries": [list(job) for job in done],
     }
-    with atomic_path(arguments.output) as path:
-        path.write_text(json.dumps({"measured_on": measured_on, "kernels": found}, indent=1) + "\n", encoding="utf-8")
-    print(f"{arguments.output}: name it in DTPM_FAST_DISPATCH to use it")
-    return 0
+    with atomic_path(output) as path:
+        text = json.dumps({"measured_on": measured_on, "kernels": kernels}, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """The fused block: oracle and equations, Triton kernels by the rule, gradients, registration, compile, errors."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from dtpm_fast.kernels import BlockWeights, block_weights, denoising_block
+from dtpm_fast.kernels import BlockWeights, adaln, block_weights, denoising_block, simple_gate
 from dtpm_fast.kernels.block import _block, _block_backward, _block_train, denoising_block_ref
+from dtpm_fast.kernels.block_compute import Modulation, _adaln_conv1x1, _dwconv_gate_pool
 from dtpm_fast.kernels.dispatch import Table, table, using_table
+from dtpm_fast.model.block import DenoisingBlock, use_kernels
 
 NAMES = ["out", "x", "shift1", "scale1", "shift2", "scale2", *BlockWeights._fields]
 FUSED = ["adaln_conv1x1_forward", "adaln_conv1x1_backward", "attention_ffn_forward", "ffn_backward", "conv3_backward"]
@@ -45,7 +49,7 @@ def kernels(request: pytest.FixtureRequest, dtype: torch.dtype) -> Iterator[str]
     recorded = table()
     if request.param != "fused" and dtype == torch.float32:
         pytest.skip("in float32 the recorded table fuses what it must, whose algebra is checked in float64")
-    fused = {"BLOCK_W": 8, "BLOCK_C": 32, "ROWS": 4}, {"BLOCK_P": 32}, {"BLOCK_P": 32, "BLOCK_N": 32}
+    fused = {"GROUPS": 4, "COLUMNS": 2, "BLOCK_C": 64, "ROWS": 8}, {"BLOCK_P": 32}, {"BLOCK_P": 32, "BLOCK_N": 32}
     entries: Table = {}
     for name, entry in recorded.items():
         options = fused[0] if name not in FUSED else fused[2] if name == FUSED[0] else fused[1]
@@ -72,7 +76,7 @@ def test_triton_by_the_rule(
         grad = torch.randn(shape).to(device, dtype)
         ours = run(denoising_block, inputs, grad, dtype)
         assert ours[0].is_contiguous(memory_format=torch.channels_last)
-        if kernels == "fused" and dtype != torch.float32:
+        if (kernels == "fused" or device == "cuda") and dtype != torch.float32:
             assert all(torch.equal(a, b) for a, b in zip(ours, run(denoising_block, inputs, grad, dtype), strict=True))
         eager = run(denoising_block_ref, inputs, grad, dtype)
         return ours, eager, run(denoising_block_ref, inputs, grad, torch.float64)
@@ -123,6 +127,72 @@ def test_triton_under_activation_checkpointing_and_autocast(device: str) -> None
     assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(1, 16, 1, 1), (2, 16, 1, 9), (1, 16, 6, 1)])
+def test_triton_on_lines_and_points(device: str, shape: tuple[int, int, int, int]) -> None:
+    """One pixel, row or column: contiguous and channels_last are the same then, and Triton makes the 1 a constant."""
+    inputs = [tensor.to(device) for tensor in random_inputs(*shape)]
+    grad = torch.randn(shape).to(device)
+    for ours, exact in zip(
+        run(denoising_block, inputs, grad, torch.float32),
+        run(denoising_block_ref, inputs, grad, torch.float64),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, exact.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_triton_under_ddp(device: str, tmp_path: Path) -> None:
+    """Gradients arrive in DDP's buckets as they do without it."""
+    torch.manual_seed(0)
+    block = DenoisingBlock(16, 8)
+    nn.init.normal_(block.modulation.weight)
+    nn.init.normal_(block.beta)
+    block = block.to(device, memory_format=torch.channels_last)
+    use_kernels(block)
+    x, e = torch.randn(1, 16, 3, 4, device=device), torch.randn(1, 8, device=device)
+    alone = torch.autograd.grad(block(x, e).square().sum(), [*block.parameters()])
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        DistributedDataParallel(block)(x, e).square().sum().backward()
+    finally:
+        distributed.destroy_process_group()
+    torch.testing.assert_close([parameter.grad for parameter in block.parameters()], [*alone])
+
+
+@pytest.mark.gpu
+def test_triton_in_a_captured_graph() -> None:
+    """No allocation or wait on the host that a CUDA graph refuses; a replay is bit-equal and reads new inputs."""
+    inputs = [tensor.to("cuda", torch.bfloat16) for tensor in random_inputs(3, 64, 40, 24)]
+    with torch.no_grad():
+        call(denoising_block, inputs)  # compiles
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call(denoising_block, inputs)
+        inputs[0].copy_(torch.randn_like(inputs[0]))
+        graph.replay()
+        assert torch.equal(out, call(denoising_block, inputs))
+
+
+@pytest.mark.gpu
+def test_triton_beyond_32_bit_offsets() -> None:
+    """Maps of more than 2^31 elements: the last rows are what the same rows of a small map give."""
+    channels, height, width, rows = 64, 8200, 4100, 24
+    x = torch.empty(1, channels, height, width, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+    x.normal_()
+    modulation, weights = [], []
+    for place, tensor in enumerate(random_inputs(1, channels, 1, 1)[1:]):
+        (modulation if place < 4 else weights).append(tensor.to("cuda", torch.bfloat16))
+    w = BlockWeights(*weights)
+    last = x[:, :, -rows:].contiguous(memory_format=torch.channels_last)
+    h, h_last = (_adaln_conv1x1(tensor, Modulation(*modulation), w, 1e-6) for tensor in (x, last))
+    assert h.numel() > 2**31
+    assert torch.equal(h[:, :, -rows:], h_last)
+    g, g_last = (_dwconv_gate_pool(tensor, w)[0] for tensor in (h, h_last))
+    assert torch.equal(g[:, :, 1 - rows :], g_last[:, :, 1:])  # the first row lacks its neighbour above
+    for function, full, part in ((simple_gate, h, h_last), (lambda t: adaln(t, *modulation[:2]), x, last)):
+        assert torch.equal(function(full)[:, :, -rows:], function(part))
+
+
 def test_oracle_is_the_equations() -> None:
     x, shift1, scale1, shift2, scale2, *weights = (tensor.double() for tensor in random_inputs(2, 6, 5, 4, 100.0))
     w = BlockWeights(*weights)
@@ -167,8 +237,8 @@ def test_opcheck() -> None:
     inputs = random_inputs(2, 4, 3, 5)
     x, modulation, weights = inputs[0], inputs[1:5], inputs[5:]
     torch.library.opcheck(_block, (x, modulation, weights, torch.randn(4, 4), torch.randn(x.shape), 1e-6))
-    _, y, mean = _block_train(x, modulation, weights, 1e-6)
-    torch.library.opcheck(_block_backward, (torch.randn(x.shape), x, y, mean, modulation, weights, 1e-6))
+    _, y, g, mean = _block_train(x, modulation, weights, 1e-6)
+    torch.library.opcheck(_block_backward, (torch.randn(x.shape), x, y, g, mean, modulation, weights, 1e-6))
     for tensor in (x, *weights):
         tensor.requires_grad_()
     torch.library.opcheck(_block_train, (x, modulation, weights, 1e-6))

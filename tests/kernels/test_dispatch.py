@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from dtpm_fast.errors import UserError
 from dtpm_fast.kernels.device import INTERPRETED
-from dtpm_fast.kernels.dispatch import options_of, table, using_table
+from dtpm_fast.kernels.dispatch import ANY, OPTIONS, TABLE, Table, options_of, read_table, table, using_table
 
 
 def test_the_smallest_entry_that_holds_the_channels_serves() -> None:
@@ -31,11 +32,61 @@ def test_the_smallest_entry_that_holds_the_channels_serves() -> None:
     assert "kernel" not in table()
 
 
+def recorded() -> dict[str, Any]:
+    return json.loads(TABLE.read_text())
+
+
 def test_a_file_named_by_the_environment_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "table.json"
-    file.write_text(json.dumps({"measured_on": None, "kernels": {"kernel": []}}))
+    file, changed = tmp_path / "table.json", recorded()
+    changed["kernels"]["ffn_backward"] = [{"channels": 64, "bits": 16, "options": None}]
+    file.write_text(json.dumps(changed))
     monkeypatch.setenv("DTPM_FAST_DISPATCH", str(file))
-    assert table() == {"kernel": []}
+    assert table() == changed["kernels"]
+    assert options_of("ffn_backward", 64, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "entries", "message"),
+    [
+        ("another", [], "there is no kernel another"),
+        (
+            "ffn_backward",
+            [{"channels": 64, "bits": 8, "options": None}],
+            "ffn_backward has an entry for 64 channels of 8",
+        ),
+        (
+            "ffn_backward",
+            [{"channels": 64, "bits": 16, "options": {"BLOCK_P": 16}}],
+            "takes exactly BLOCK_P, num_stages",
+        ),
+        (
+            "conv3_backward",
+            [{"channels": 64, "bits": 16, "options": {"BLOCK_P": 48, "num_warps": 4, "num_stages": 1}}],
+            "conv3_backward at 64 channels has BLOCK_P = 48",
+        ),
+        ("gate_backward", [], "gate_backward needs an entry of 16 bits for 65536 channels"),
+        (
+            "gate_backward",
+            [{"channels": ANY, "bits": 16, "options": None}],
+            "gate_backward at 65536 channels takes exactly",
+        ),
+        ("gate_backward", [{"channels": ANY}], "is no dispatch table: 'bits'"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path, kernel: str, entries: list[Any], message: str) -> None:
+    file, changed = tmp_path / "table.json", recorded()
+    changed["kernels"][kernel] = entries
+    file.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=rf"table\.json is no dispatch table.*{message}|table\.json {message}"):
+        read_table(str(file))
+
+
+def test_no_file_and_no_json_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"absent\.json is no dispatch table"):
+        read_table(str(tmp_path / "absent.json"))
+    (tmp_path / "text.json").write_text("{")
+    with pytest.raises(ValueError, match=r"text\.json is no dispatch table"):
+        read_table(str(tmp_path / "text.json"))
 
 
 @pytest.mark.parametrize("kernel", ["dwconv_gate_pool_forward", "gate_backward", "dwconv_backward"])
@@ -49,7 +100,9 @@ def test_kernels_without_another_form_are_always_listed(kernel: str) -> None:
 def test_tuner_keeps_the_fastest_and_no_kernel_that_loses(monkeypatch: pytest.MonkeyPatch) -> None:
     from dtpm_fast.kernels import tune as module
 
-    fastest = module.CANDIDATES["ffn_backward"][5]
+    jobs = module.jobs_of((32, 64), (16,))
+    assert len(jobs) == len({*jobs}) == 3 + 2 * 5
+    fastest = next(o for o in module.candidates(module.Job("ffn_backward", 64, 16)) if o["num_stages"] == 2)
     monkeypatch.setattr(module, "_steps", lambda *_: dict.fromkeys(module.CANDIDATES))
 
     def time(kernel: str, options: dict[str, int] | None, step: Callable[[], Any]) -> float | None:
@@ -60,11 +113,46 @@ def test_tuner_keeps_the_fastest_and_no_kernel_that_loses(monkeypatch: pytest.Mo
         return 1.0 if options == fastest else 3.0
 
     monkeypatch.setattr(module, "_time", time)
-    found = module.tune((32, 64), (16,))
-    assert [entry["options"] for entry in found["ffn_backward"]] == [fastest, fastest]
-    assert [entry["options"] for entry in found["conv3_backward"]] == [None, None]
-    assert [entry["channels"] for entry in found["dwconv_backward"]] == [module.ANY]
-    assert found["dwconv_backward"][0]["options"] in module.CANDIDATES["dwconv_backward"][1:]
+    kept: list[Any] = []
+    found = module.tune(jobs, table(), lambda job: None, lambda so_far, job: kept.append((so_far, job)))
+    assert [job for _, job in kept] == jobs
+    assert kept[-1][0] == found
+    assert options_in(found, "ffn_backward", 64) == fastest
+    assert options_in(found, "conv3_backward", 32) is options_in(found, "conv3_backward", 64) is None
+    assert options_in(found, "conv3_backward", 128) == options_in(table(), "conv3_backward", 128)  # was not measured
+    for kernel in module.ALWAYS:
+        assert [(entry["channels"], entry["bits"]) for entry in found[kernel]] == [(ANY, 16), (ANY, 32)]
+        assert options_in(found, kernel, ANY) in module.CANDIDATES[kernel][1:]
+
+
+def options_in(kernels: Table, kernel: str, channels: int) -> dict[str, int] | None:
+    return next(e["options"] for e in kernels[kernel] if (e["channels"], e["bits"]) == (channels, 16))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the tuner times compiled kernels")
+def test_tuner_writes_a_table_that_a_second_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dtpm_fast.kernels import tune as module
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    file, jobs = tmp_path / "table.json", module.jobs_of((64,), (16,))
+    module._write(file, table(), jobs[:2])
+    assert read_table(str(file)) == table()
+    assert module._start(file, resume=True) == (table(), jobs[:2])
+    assert module._start(file, resume=False) == (table(), [])
+    file.write_text("{}")
+    read_table.cache_clear()
+    with pytest.raises(UserError, match="is no dispatch table"):
+        module._start(file, resume=True)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the tuner times compiled kernels")
+@pytest.mark.parametrize("kernel", OPTIONS)
+def test_tuner_tries_what_the_table_may_hold(kernel: str) -> None:
+    from dtpm_fast.kernels import tune as module
+
+    tried = module.candidates(module.Job(kernel, 64, 16))
+    assert 4 <= len(tried) <= 48
+    assert all(options.keys() == OPTIONS[kernel] for options in tried)
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="only without a GPU")
