@@ -67,7 +67,8 @@ def compute_adaln_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -
 
 @torch.library.custom_op("dtpm_fast::adaln", mutates_args=())
 def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return compute_adaln(x, shift, scale, eps)
+    with torch.cuda.device_of(x):
+        return compute_adaln(x, shift, scale, eps)
 
 
 @_adaln.register_fake
@@ -77,7 +78,8 @@ def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 @torch.library.custom_op("dtpm_fast::adaln_backward", mutates_args=())
 def _adaln_backward(grad: Tensor, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, grad_shift, grad_scale = compute_adaln_backward(grad, x, scale, eps)
+    with torch.cuda.device_of(x):
+        grad_x, grad_shift, grad_scale = compute_adaln_backward(grad, x, scale, eps)
     return grad_x, grad_shift.to(shift.dtype), grad_scale.to(scale.dtype)
 
 

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dtpm_fast.kernels.checks import is_channels_last
+from dtpm_fast.kernels.checks import is_channels_last, layout_of
 from dtpm_fast.kernels.dispatch import Options
 from dtpm_fast.kernels.tiles import COMPILER, add_partials, programs_per_sample, sum_pixels, tile_offsets
 
@@ -13,7 +13,7 @@ from dtpm_fast.kernels.tiles import COMPILER, add_partials, programs_per_sample,
 def adaln_forward(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
     """`adaln` of a dense map on a GPU, in its layout."""
     samples, channels, height, width = x.shape
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, memory_format=layout_of(x))
     options = launch_options(channels, is_channels_last(x))
     grid = (triton.cdiv(height * width, options["BLOCK_P"]), samples)
     adaln_forward_kernel[grid](
@@ -28,7 +28,7 @@ def adaln_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x (its dtype), shift and scale (float32); `grad` is in `x`'s layout. Bit-equal in every run."""
     samples, channels, height, width = x.shape
-    grad_x = torch.empty_like(x)
+    grad_x = torch.empty_like(x, memory_format=layout_of(x))
     options = launch_options(channels, is_channels_last(x))
     programs = programs_per_sample(triton.cdiv(height * width, options["BLOCK_P"]), samples)
     partials = torch.empty((2, samples, programs, channels), device=x.device, dtype=torch.float32)

@@ -69,8 +69,9 @@ def compute_scaling(x: Tensor, scale: Tensor, offset: Tensor | None = None) -> T
 @torch.library.custom_op("dtpm_fast::channel_attention", mutates_args=())
 def _channel_attention(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """The result and the means (B, C) in float64, which the backward needs."""
-    mean = compute_channel_means(x)
-    return compute_scaling(x, attention_of(mean, weight, bias)), mean
+    with torch.cuda.device_of(x):
+        mean = compute_channel_means(x)
+        return compute_scaling(x, attention_of(mean, weight, bias)), mean
 
 
 @_channel_attention.register_fake
@@ -85,9 +86,10 @@ def _channel_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     pixels = x.shape[2] * x.shape[3]
     grad = grad.contiguous(memory_format=layout_of(x))
-    grad_attention = compute_channel_means(x, grad) * pixels
-    grad_mean, grad_weight, grad_bias = attention_backward(grad_attention, mean, weight)
-    grad_x = compute_scaling(grad, attention_of(mean, weight, bias), grad_mean / pixels)
+    with torch.cuda.device_of(x):
+        grad_attention = compute_channel_means(x, grad) * pixels
+        grad_mean, grad_weight, grad_bias = attention_backward(grad_attention, mean, weight)
+        grad_x = compute_scaling(grad, attention_of(mean, weight, bias), grad_mean / pixels)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 

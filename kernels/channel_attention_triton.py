@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dtpm_fast.kernels.checks import is_channels_last
+from dtpm_fast.kernels.checks import is_channels_last, layout_of
 from dtpm_fast.kernels.tiles import COMPILER, add_partials, programs_per_sample, sum_pixels, tile_offsets
 
 
@@ -28,7 +28,7 @@ def scale_channels(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | 
     """`x · scale + offset` with scale and offset (B, C) in float32."""
     samples, channels, height, width = x.shape
     pixels = height * width
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, memory_format=layout_of(x))
     block_c, block_p = blocks_of(channels)
     scale_channels_kernel[(triton.cdiv(pixels, block_p), samples, triton.cdiv(channels, block_c))](
         x, scale, scale if offset is None else offset, out, pixels,

@@ -6,6 +6,7 @@ A wrong shape, stride or device is a `ValueError`, a wrong type or dtype a `Type
 import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SAMPLES = 65535  # CUDA's limit for the second axis of a grid
 
 
 def check_tensor(name: str, tensor: torch.Tensor) -> None:
@@ -21,6 +22,8 @@ def check_tensor(name: str, tensor: torch.Tensor) -> None:
 def check_map(name: str, x: torch.Tensor) -> None:
     """A feature map (B, C, H, W), not empty, laid out densely: channels_last, or contiguous NCHW."""
     check_tensor(name, x)
+    if x.is_cuda and x.dim() == 4 and x.shape[0] > SAMPLES:
+        raise ValueError(f"{name} has {x.shape[0]} samples, and a launch takes {SAMPLES} at most; split the batch")
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"{name} must be a (B, C, H, W) map with no empty side, not {tuple(x.shape)}")
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):

@@ -51,7 +51,8 @@ def compute_simple_gate_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 @torch.library.custom_op("dtpm_fast::simple_gate", mutates_args=())
 def _simple_gate(x: Tensor) -> Tensor:
-    return compute_simple_gate(x)
+    with torch.cuda.device_of(x):
+        return compute_simple_gate(x)
 
 
 @_simple_gate.register_fake
@@ -62,7 +63,8 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("dtpm_fast::simple_gate_backward", mutates_args=())
 def _simple_gate_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return compute_simple_gate_backward(grad, x)
+    with torch.cuda.device_of(x):
+        return compute_simple_gate_backward(grad, x)
 
 
 @_simple_gate_backward.register_fake

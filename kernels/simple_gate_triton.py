@@ -23,7 +23,7 @@ def simple_gate_forward(x: torch.Tensor) -> torch.Tensor:
 
 def simple_gate_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Gradient of `simple_gate`'s input; `grad` is in `x`'s layout."""
-    grad_x = torch.empty_like(x)
+    grad_x = torch.empty_like(x, memory_format=layout_of(x))
     grid, rows, half, blocks = _plan(x)
     simple_gate_backward_kernel[grid](grad, x, grad_x, rows, half, **blocks, **COMPILER)
     return grad_x
