@@ -2,10 +2,13 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dtpm_fast.kernels import accelerate_nafnet
@@ -115,6 +118,46 @@ def test_takes_a_checkpoint() -> None:
     assert not torch.equal(fresh(picture), expected)
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_builds_the_network_of_a_checkpoint_file(tmp_path: Path, suffix: str) -> None:
+    trained, file = random_nafnet().double(), tmp_path / f"published{suffix}"
+    if suffix == ".pth":
+        torch.save({"params": trained.state_dict()}, file)
+    else:
+        save_file(trained.state_dict(), file)
+    picture = torch.rand(1, 3, 7, 6).double()
+    fast = accelerate_nafnet(file)
+    torch.testing.assert_close(fast(picture), trained(picture))
+    torch.testing.assert_close(accelerate_nafnet(trained.state_dict())(picture), trained(picture))
+    torch.testing.assert_close(accelerate_nafnet(random_nafnet().double(), file)(picture), trained(picture))
+    assert fast.state_dict().keys() == trained.state_dict().keys()
+
+
+class Runs:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return pytest.fail, ("a pickle was executed",)
+
+
+def test_unusable_checkpoints_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint .*absent\.pth does not exist"):
+        accelerate_nafnet(tmp_path / "absent.pth")
+    torch.save({"params": Runs()}, tmp_path / "harmful.pth")
+    for name, content in (("harmful.pth", None), ("text.pth", b"text"), ("text.safetensors", b"text")):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"checkpoint .*{name} cannot be read as a file of tensors"):
+            accelerate_nafnet(tmp_path / name)
+    with pytest.raises(ValueError, match="checkpoint holds no state dict"):
+        accelerate_nafnet({"params": 1})
+    with pytest.raises(ValueError, match=r"checkpoint is no NAFNet's: it lacks intro\.weight"):
+        accelerate_nafnet(nn.Linear(2, 2).state_dict())
+    lacking = {name: value for name, value in random_nafnet().state_dict().items() if name != "encoders.0.0.beta"}
+    with pytest.raises(ValueError, match=r"checkpoint does not fit the model: .*encoders\.0\.0\.beta"):
+        accelerate_nafnet(lacking)
+    with pytest.raises(ValueError, match="checkpoint: the first argument is a checkpoint already"):
+        accelerate_nafnet(random_nafnet().state_dict(), lacking)
+
+
 def test_triton_by_the_rule(device: str, dtype: torch.dtype, assert_as_exact_as_eager: Callable[..., None]) -> None:
     def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         stock = random_nafnet(32).to(device, dtype)
@@ -137,8 +180,15 @@ def test_refuses_what_it_would_change() -> None:
         accelerate_nafnet(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="dropout1 of StockBlock drops out"):
         accelerate_nafnet(StockBlock(4, dropout=0.5))
-    with pytest.raises(ValueError, match="state_dict does not fit the model"):
+    with pytest.raises(ValueError, match="checkpoint does not fit the model"):
         accelerate_nafnet(random_nafnet(16), random_nafnet(8).state_dict())
+    local, wide = StockBlock(4), StockBlock(4)
+    local.sca[0] = nn.AvgPool2d(3, 1)  # as NAFNet's own conversion for large pictures leaves it
+    with pytest.raises(ValueError, match=r"sca\.0 of StockBlock is AvgPool2d"):
+        accelerate_nafnet(local)
+    wide.conv4, wide.conv5 = nn.Conv2d(4, 16, 1), nn.Conv2d(8, 4, 1)
+    with pytest.raises(ValueError, match=r"conv4_weight must have shape \(8, 4, 1, 1\)"):
+        accelerate_nafnet(wide)
     uneven = StockBlock(4)
     uneven.norm1.eps = 1e-5
     with pytest.raises(ValueError, match="different eps"):
