@@ -1,17 +1,38 @@
 """The kernels against eager PyTorch and torch.compile, side by side in one run.
 
-    pytest benchmarks/bench_kernels.py --benchmark-only --benchmark-json=benchmarks/results/kernels.json
-    pytest benchmarks/bench_kernels.py --benchmark-only -k "block and 64 and bfloat16"
+    python benchmarks/bench_kernels.py --json benchmarks/results/kernels.json --minutes 9
+    python benchmarks/bench_kernels.py --json benchmarks/results/kernels.json --minutes 9 --resume   what was left out
+    python benchmarks/bench_kernels.py --operations block --channels 64 --dtypes bfloat16
+    pytest benchmarks/bench_kernels.py --benchmark-only                    the fused forms alone, as pytest rows
 
-A case's own time is the fused form's. Its extra_info holds, for every form, the 20/50/80 quantiles in milliseconds, the
-peak memory, and the ratio to the fused form; for the fused form also the predicted bytes and the share of the copy
-bandwidth measured in the same process; and the device and versions. Rounds are interleaved, with a cold L2 cache.
+Operations at the presets' shapes (256² at 64 channels, halved with every doubling): forward, backward and both, with
+gradients for all inputs, and the block's forward as the sampler runs it (inference). Forms: the kernels, eager PyTorch
+in NCHW and in channels_last, torch.compile by default and with max-autotune. Each row holds, for every form, 20/50/80
+quantiles of the GPU's milliseconds, the ratio to the fused form, the host's milliseconds to launch it, the peak memory,
+the time to compile; and the predicted bytes with their share of the copy bandwidth measured in the same run.
+
+Rounds are interleaved, each with a cold L2 cache. The GPU waits until the host has launched all of a step: its time is
+the kernels' own, as in a captured graph; where the host's time is the larger, a program without graphs sees that.
+The file is written whole after every row, most wanted rows first; a form that fails is recorded with its error.
 """
 
+import argparse
+import contextlib
+import datetime
 import functools
+import gc
+import itertools
+import json
+import os
+import shutil
 import statistics
+import subprocess
+import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,19 +40,22 @@ import triton
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from dtpm_fast.atomic import atomic_path
+from dtpm_fast.commands.run import run as run_command
+from dtpm_fast.errors import UserError
 from dtpm_fast.kernels import BlockWeights, adaln, channel_attention, denoising_block, simple_gate
 from dtpm_fast.kernels.adaln import adaln_ref
 from dtpm_fast.kernels.block import denoising_block_ref
 from dtpm_fast.kernels.channel_attention import channel_attention_ref
+from dtpm_fast.kernels.dispatch import TABLE
 from dtpm_fast.kernels.simple_gate import simple_gate_ref
 from dtpm_fast.kernels.traffic import BACKWARD, FORWARD, TRAINING_FORWARD, block_inputs, total
 
-pytestmark = pytest.mark.filterwarnings("default")  # the compilers' advice on settings fails no measurement
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels' speed is a GPU's")
-
-BATCH, ROUNDS = 8, 30
-CHANNELS = (32, 64, 128, 256, 512)
-DIRECTIONS = ("forward", "backward", "both")
+CHANNELS = (64, 32, 128, 256, 512)  # in the order in which they are wanted
+DTYPES = ("bfloat16", "float16")
+FORMS = ("fused", "eager", "eager channels_last", "compile", "compile max-autotune")
+WARMUP = 3
+Row = dict[str, Any]
 
 
 def block_ref(*inputs: Tensor) -> Tensor:
@@ -42,60 +66,283 @@ def block(*inputs: Tensor) -> Tensor:
     return denoising_block(*inputs[:5], BlockWeights(*inputs[5:]))
 
 
-# Oracle, fused form, which of the block's inputs they take, and maps of C channels that each direction moves.
-OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[int], dict[str, int]]] = {
-    "adaln": (adaln_ref, adaln, [0, 1, 2], {"forward": 2, "backward": 3}),
-    "simple_gate": (simple_gate_ref, simple_gate, [0], {"forward": 3, "backward": 5}),
-    "channel_attention": (channel_attention_ref, channel_attention, [0, 9, 10], {"forward": 3, "backward": 4}),
-    "block": (block_ref, block, [*range(19)], {"forward": total(TRAINING_FORWARD), "backward": total(BACKWARD)}),
+class Operation(NamedTuple):
+    """An oracle, its fused form, which of the block's inputs they take, and the maps that each direction moves."""
+
+    reference: Callable[..., Tensor]
+    fused: Callable[..., Tensor]
+    places: list[int]
+    moved: dict[str, int]
+
+
+def _both(forward: int, backward: int, **more: int) -> dict[str, int]:
+    return more | {"both": forward + backward, "forward": forward, "backward": backward}
+
+
+OPERATIONS = {
+    "block": Operation(
+        block_ref, block, [*range(19)], _both(total(TRAINING_FORWARD), total(BACKWARD), inference=total(FORWARD))
+    ),
+    "adaln": Operation(adaln_ref, adaln, [0, 1, 2], _both(2, 3)),
+    "simple_gate": Operation(simple_gate_ref, simple_gate, [0], _both(3, 5)),
+    "channel_attention": Operation(channel_attention_ref, channel_attention, [0, 9, 10], _both(3, 4)),
 }
 
 
-@needs_gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("channels", CHANNELS)
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_training(benchmark: BenchmarkFixture, operation: str, direction: str, channels: int, dtype: str) -> None:
-    """The operation with gradients for all of its inputs."""
-    reference, fused, places, maps = OPERATIONS[operation]
-    side = 256 * 64 // channels  # the presets' shapes: 256² at 64 channels, halved with every doubling
-    inputs = block_inputs(BATCH, channels, side, side, getattr(torch, dtype), "cuda")
-    inputs = [inputs[place].detach().requires_grad_() for place in places]
-    unit = inputs[0].numel() * inputs[0].element_size()
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/bench_kernels.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--operations", nargs="+", choices=tuple(OPERATIONS), default=list(OPERATIONS))
+    parser.add_argument("--channels", nargs="+", type=int, default=list(CHANNELS), metavar="C")
+    parser.add_argument("--dtypes", nargs="+", choices=(*DTYPES, "float32"), default=list(DTYPES))
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=256, help="height and width at 64 channels")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no further row after this long")
+    parser.add_argument("--json", type=Path, help="write the rows here, after each one")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --json holds, measure the others")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses: no kernel runs there")
+    args = parser.parse_args(argv)
+    if args.rounds < 2:
+        parser.error("--rounds: at least 2")
+    if args.resume and args.json is None:
+        parser.error("--resume needs --json")
+    return run_command(lambda: _work(args))
+
+
+def _work(args: argparse.Namespace) -> int:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device: the kernels' speed is a GPU's (--device cpu rehearses with the oracle)")
+    warnings.simplefilter("ignore")  # the compilers' advice on settings
+    until = time.monotonic() + 60 * args.minutes
+    rows: list[Row] = []
+    if args.resume and args.json.exists():
+        rows = [row for row in json.loads(args.json.read_text(encoding="utf-8"))["rows"] if not _failed(row)]
+    timer = Timer(args.device)
+    about = _about(args, timer)
+    known = {_key(row) for row in rows}
+    left_out: list[str] = []
+    for dtype, channels, operation in itertools.product(args.dtypes, args.channels, args.operations):
+        for direction in OPERATIONS[operation].moved:
+            if (operation, channels, dtype, direction) in known:
+                continue
+            if time.monotonic() > until:
+                left_out.append(f"{operation} {direction} C={channels} {dtype}")
+                continue
+            rows.append(measure(operation, channels, dtype, direction, args, timer, about["copy_GB_per_s"]))
+            print(_line(rows[-1]), flush=True)
+            _write(args.json, about, rows, left_out)
+    if left_out:
+        print(f"out of time: {len(left_out)} rows left out, --resume measures them", file=sys.stderr)
+    _write(args.json, about, rows, left_out)
+    return 0
+
+
+def measure(
+    operation: str, channels: int, dtype: str, direction: str, args: argparse.Namespace, timer: "Timer", copy: float
+) -> Row:
+    """One row: every form of one operation, direction and shape. A form that fails leaves its error, no more."""
+    side = max(args.size * 64 // channels, 1)
+    shape = (args.batch, channels, side, side)
+    unit = args.batch * channels * side**2 * getattr(torch, dtype).itemsize
+    torch.compiler.reset()  # what another row compiled must not make this one compile for any shape
+    forms: dict[str, Row] = {}
+    steps: dict[str, Callable[[], Any]] = {}
+    for form in args.forms:
+        since = time.perf_counter()
+        try:
+            step = step_of(operation, form, shape, getattr(torch, dtype), direction, timer.device)
+            for _ in range(WARMUP):
+                step()
+            timer.wait()
+            forms[form] = {"ready_s": round(time.perf_counter() - since, 1), "peak_MiB": timer.peak_mib(step)}
+            steps[form] = step
+        except Exception as error:
+            forms[form] = {"error": _cause(error)}
+    times: dict[str, list[tuple[float, float]]] = {form: [] for form in steps}
+    for _ in range(args.rounds):
+        for form, step in list(steps.items()):
+            try:
+                times[form].append(timer.time(step))
+            except Exception as error:
+                forms[form] = {"error": _cause(error)}
+                del steps[form], times[form]
+    ours = statistics.median(ms for ms, _ in times["fused"]) if "fused" in times else None
+    for form, values in times.items():
+        quantiles = statistics.quantiles((ms for ms, _ in values), n=5, method="inclusive")
+        median = statistics.median(ms for ms, _ in values)
+        forms[form]["ms_20_50_80"] = [round(ms, 4) for ms in (quantiles[0], median, quantiles[3])]
+        forms[form]["launch_ms"] = round(statistics.median(launch for _, launch in values), 4)
+        if ours:
+            forms[form]["times_fused"] = round(median / ours, 3)
+    moved = OPERATIONS[operation].moved[direction] * unit
+    row = {"operation": operation, "channels": channels, "dtype": dtype, "direction": direction, "shape": list(shape)}
+    row |= {"predicted_MB": round(moved / 1e6, 1), "forms": forms}
+    if ours:
+        row["share_of_copy_bandwidth"] = round(moved / (ours * 1e-3) / (copy * 1e9), 3)
+    steps.clear()
+    gc.collect()
+    if timer.device == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def step_of(
+    operation: str, form: str, shape: tuple[int, ...], dtype: torch.dtype, direction: str, device: str
+) -> Callable[[], Any]:
+    """What one round runs."""
+    of = OPERATIONS[operation]
+    inputs = block_inputs(*shape, dtype, device)
+    inputs = [inputs[place] for place in of.places]
     if operation == "simple_gate":  # it halves its input
-        inputs = [torch.cat((inputs[0], inputs[0]), 1).detach().requires_grad_()]
-    nchw = [tensor.detach().contiguous().requires_grad_() for tensor in inputs]
-    forms = {
-        "fused": _step(fused, inputs, direction),
-        "eager": _step(reference, nchw, direction),
-        "eager channels_last": _step(reference, inputs, direction),
-        "compile": _step(_compiled(reference), inputs, direction),
-        "compile max-autotune": _step(_compiled(reference, "max-autotune-no-cudagraphs"), inputs, direction),
+        inputs = [torch.cat((inputs[0], inputs[0]), 1)]
+    if form == "eager":
+        inputs = [tensor.contiguous() for tensor in inputs]
+    function = of.fused if form == "fused" else of.reference
+    if form.startswith("compile"):
+        function = _compiled(function, "max-autotune-no-cudagraphs" if "max" in form else "default")
+    if direction == "inference":
+
+        def infer() -> Tensor:
+            with torch.no_grad():
+                return function(*inputs)
+
+        return infer
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    if direction == "forward":
+        return functools.partial(function, *inputs)
+    grad = torch.randn_like(function(*inputs))
+    if direction == "both":
+        return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
+    out = function(*inputs)
+    return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
+
+
+def _compiled(function: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
+    """For one shape. The compiler's own cache on disk serves an operation's three directions."""
+    return torch.compile(lambda *inputs: function(*inputs), mode=mode, dynamic=False)
+
+
+class Timer:
+    """Milliseconds of a step on the device, and of the host until all of it is launched."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.cache = torch.empty(2**28 if device == "cuda" else 1, dtype=torch.int8, device=device)  # above any L2
+
+    def time(self, step: Callable[[], Any]) -> tuple[float, float]:
+        if self.device == "cpu":
+            since = time.perf_counter()
+            step()
+            spent = 1e3 * (time.perf_counter() - since)
+            return spent, spent
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.cache.zero_()
+        torch.cuda._sleep(10_000_000)  # cycles, about 6 ms: longer than the host takes to launch a step
+        start.record()
+        since = time.perf_counter()
+        step()
+        launched = 1e3 * (time.perf_counter() - since)
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end), launched
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_mib(self, step: Callable[[], Any]) -> float | None:
+        """What one step takes on top of what is allocated already."""
+        if self.device == "cpu":
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+    def copy_gb_per_s(self) -> float:
+        """Of a device copy, read and written, median of the rounds."""
+        source = torch.ones(2**28 if self.device == "cuda" else 2**22, dtype=torch.int8, device=self.device)
+        target = torch.empty_like(source)
+        spent = statistics.median(self.time(lambda: target.copy_(source))[0] for _ in range(10))
+        return 2 * source.numel() / (spent * 1e-3) / 1e9
+
+
+def _about(args: argparse.Namespace, timer: Timer) -> Row:
+    cuda = timer.device == "cuda"
+    about: Row = {
+        "command": ["python", "benchmarks/bench_kernels.py", *sys.argv[1:]],
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu: a rehearsal, the fused form is the oracle",
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]},
+        "dispatch": Path(os.environ.get("DTPM_FAST_DISPATCH") or TABLE).name,
+        "copy_GB_per_s": round(timer.copy_gb_per_s(), 1),
     }
-    moved = maps["forward"] + maps["backward"] if direction == "both" else maps[direction]
-    _record(benchmark, forms, moved * unit)
+    if cuda and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,driver_version", "--format=csv,noheader"]
+        with contextlib.suppress(subprocess.SubprocessError, OSError):
+            done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+            about["clocks_sm_mem_driver"] = done.stdout.strip().splitlines()[0]
+    print(f"{about['device']}, copy {about['copy_GB_per_s']} GB/s, {about['versions']}", flush=True)
+    return about
 
 
-@needs_gpu
+def _write(file: Path | None, about: Row, rows: list[Row], left_out: list[str]) -> None:
+    if file is None:
+        return
+    with atomic_path(file) as path:
+        path.write_text(json.dumps(about | {"rows": rows, "left_out": left_out}, indent=1) + "\n", encoding="utf-8")
+
+
+def _key(row: Row) -> tuple[str, int, str, str]:
+    return row["operation"], row["channels"], row["dtype"], row["direction"]
+
+
+def _failed(row: Row) -> bool:
+    return any("error" in form for form in row["forms"].values())
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _line(row: Row) -> str:
+    cells = []
+    for name, form in row["forms"].items():
+        if "error" in form:
+            cells.append(f"{name} failed ({form['error'][:60]})")
+        else:
+            cells.append(f"{name} {form['ms_20_50_80'][1]:.3f} ms ({form.get('times_fused', 0):.2f}x)")
+    share = f", {100 * row['share_of_copy_bandwidth']:.0f}% of copy" if "share_of_copy_bandwidth" in row else ""
+    head = f"{row['operation']} {row['direction']} C={row['channels']} {row['dtype']}"
+    return f"{head}{share}: {'; '.join(cells)}"
+
+
+def _rows() -> Iterator[Any]:
+    for operation, of in OPERATIONS.items():
+        for direction in of.moved:
+            yield pytest.param(operation, direction, id=f"{operation}-{direction}")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels' speed is a GPU's")
 @pytest.mark.parametrize("channels", CHANNELS)
-def test_block_inference(benchmark: BenchmarkFixture, channels: int, dtype: str) -> None:
-    """The block's forward as the sampler runs it: nothing is kept."""
+@pytest.mark.parametrize(("operation", "direction"), _rows())
+def test_fused(benchmark: BenchmarkFixture, operation: str, direction: str, channels: int) -> None:
     side = 256 * 64 // channels
-    inputs = block_inputs(BATCH, channels, side, side, getattr(torch, dtype), "cuda")
-    nchw = [tensor.contiguous() for tensor in inputs]
-    forms = {
-        "fused": functools.partial(block, *inputs),
-        "eager": functools.partial(block_ref, *nchw),
-        "eager channels_last": functools.partial(block_ref, *inputs),
-        "compile": functools.partial(_compiled(block_ref), *inputs),
-        "compile max-autotune": functools.partial(_compiled(block_ref, "max-autotune-no-cudagraphs"), *inputs),
-    }
-    with torch.no_grad():
-        _record(benchmark, forms, total(FORWARD) * inputs[0].numel() * inputs[0].element_size())
+    step = step_of(operation, "fused", (8, channels, side, side), torch.bfloat16, direction, "cuda")
+
+    def once() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(once, rounds=20, warmup_rounds=WARMUP)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -107,83 +354,5 @@ def test_block_on_the_cpu(benchmark: BenchmarkFixture, layout: str) -> None:
         benchmark(block, *inputs)
 
 
-def _compiled(function: Callable[..., Tensor], mode: str = "default") -> Callable[..., Tensor]:
-    """For one shape: what another case compiled must not make it compile for any shape."""
-    torch.compiler.reset()
-    return torch.compile(lambda *inputs: function(*inputs), mode=mode, dynamic=False)
-
-
-def _step(function: Callable[..., Tensor], inputs: list[Tensor], direction: str) -> Callable[[], Any]:
-    if direction == "forward":
-        return functools.partial(function, *inputs)
-    grad = torch.randn_like(function(*inputs))
-    if direction == "backward":
-        out = function(*inputs)
-        return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
-    return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
-
-
-def _record(benchmark: BenchmarkFixture, forms: dict[str, Callable[[], Any]], predicted_bytes: int) -> None:
-    peaks = {name: _peak_memory(step) for name, step in forms.items()}
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    for name, milliseconds in _interleaved(forms):
-        times[name].append(milliseconds)
-    ours = statistics.median(times["fused"])
-    for name, values in times.items():
-        fifths = statistics.quantiles(values, n=5)
-        benchmark.extra_info[name] = {
-            "ms_20_50_80": [round(value, 4) for value in (fifths[0], statistics.median(values), fifths[3])],
-            "times_fused": round(statistics.median(values) / ours, 3),
-            "peak_MiB": round(peaks[name] / 2**20, 1),
-        }
-    bandwidth = _copy_bandwidth()
-    benchmark.extra_info |= {
-        "predicted_MB": round(predicted_bytes / 1e6, 1),
-        "share_of_copy_bandwidth": round(predicted_bytes / (ours * 1e-3) / bandwidth, 3),
-        "copy_GB_per_s": round(bandwidth / 1e9),
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-    }
-
-    def once() -> None:
-        forms["fused"]()
-        torch.cuda.synchronize()
-
-    benchmark.pedantic(once, rounds=ROUNDS, warmup_rounds=5)
-
-
-def _interleaved(forms: dict[str, Callable[[], Any]]) -> Iterator[tuple[str, float]]:
-    """Milliseconds of each form, turn by turn, the L2 cache overwritten before each."""
-    cache = torch.empty(2**28, dtype=torch.int8, device="cuda")  # larger than any L2
-    for step in forms.values():
-        for _ in range(5):
-            step()
-    for _ in range(ROUNDS):
-        for name, step in forms.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            cache.zero_()
-            start.record()
-            step()
-            end.record()
-            torch.cuda.synchronize()
-            yield name, start.elapsed_time(end)
-
-
-def _peak_memory(step: Callable[[], Any]) -> int:
-    """Bytes that one step takes on top of what is allocated already."""
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-@functools.cache
-def _copy_bandwidth() -> float:
-    """Bytes a second of a device copy, read and written, median of the rounds."""
-    source = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-    values = [seconds for _, seconds in _interleaved({"copy": lambda: target.copy_(source)})]
-    return 2 * source.numel() / (statistics.median(values) * 1e-3)
+if __name__ == "__main__":
+    sys.exit(main())
