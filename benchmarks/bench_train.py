@@ -110,19 +110,19 @@ def training_step(
     weights may be a download, and it costs every form the same."""
     config = Config.of(
         preset=preset, semantic_code="none", batch_size=args.batch, crop=args.crop, precision=args.precision,
-        **FORMS[form],
+        **{"kernels": "reference", "compile": False, **FORMS[form]},
     )  # fmt: skip
     torch.manual_seed(0)
     model = DTPM(config.model, stage)
     freeze(model, "adapters")
     trainer = Trainer(Run(model, config, "", None, [], Path("unused"), device, {}))  # type: ignore[arg-type]
-    trainer.parallelise()
-    if form == "contiguous":
-        model.to(memory_format=torch.contiguous_format)
-        trainer.layout = torch.contiguous_format
     shape = (args.batch, 3, args.crop, args.crop)
     batch = [torch.rand(shape) * 2 - 1, torch.rand(shape) * 2 - 1, torch.randn(shape), torch.rand(args.batch)]
     batch = [x.to(device) for x in batch]
+    trainer.parallelise(lambda: batch)
+    if form == "contiguous":
+        model.to(memory_format=torch.contiguous_format)
+        trainer.layout = torch.contiguous_format
     return lambda: trainer.iterate([batch])[0].item()  # type: ignore[return-value]
 
 

@@ -95,9 +95,10 @@ class TrainConfig:
     seed: int = 0
     # auto: bfloat16 on CUDA, float32 on the CPU; float16 on CUDA only, with a loss scale.
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    # The denoising blocks as written in model/block.py, or through the fused kernels (not yet run on hardware).
-    kernels: Literal["reference", "fused"] = "reference"
-    compile: bool = False  # torch.compile of the whole loss
+    # The denoising blocks as written in model/block.py, or through the fused kernels; torch.compile of the whole loss.
+    # auto: both on CUDA, each once it has been held against the plain form there, and neither on the CPU.
+    kernels: Literal["auto", "reference", "fused"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
     activation_checkpointing: bool = False  # blocks are computed again in the backward pass: less memory, more time
     deterministic: bool = False  # the same bits on every run on CUDA, or an error; the CPU needs no switch
     workers: int = 2  # processes that load data for one training process
@@ -209,6 +210,10 @@ def _converted(key: str, value: Any, annotation: Any) -> Any:
         if value in choices:
             return value
         raise UserError(f"{key} = {value!r}: choose one of {', '.join(choices)}")
+    if typing.get_origin(annotation) is typing.Union:  # bool or auto
+        if type(value) is bool or value == "auto":
+            return value
+        raise UserError(f"{key} = {value!r}: choose one of true, false, auto")
     if typing.get_origin(annotation) is tuple:
         if isinstance(value, (list, tuple)) and value and all(type(v) is int and v > 0 for v in value):
             return tuple(value)

@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from dtpm_fast.report_style import SCRIPT, STYLE
 LONG_SIDE = 1600  # of an embedded picture; crops are cut from the full one
 CROP = 96  # pixels a side, at most
 CROPS = 2
+Crop = tuple[int, int, int, int]  # left, top, right, bottom
 NAMES = {"psnr_y": "PSNR Y", "ssim_y": "SSIM Y", "psnr_rgb": "PSNR RGB", "ssim_rgb": "SSIM RGB", "mae": "MAE"}
 DIGITS = {"psnr_y": 2, "psnr_rgb": 2, "fid": 2, "niqe": 2}
 
@@ -40,7 +41,7 @@ class Case:
 
 
 def write_report(
-    rows: Sequence[Case],
+    cases: Iterable[Case],
     path: Path | str,
     title: str = "dtpm-restore",
     about: Mapping[str, str] | None = None,
@@ -50,38 +51,47 @@ def write_report(
     most.
 
     Args:
-        rows: at least one case, each with at least two versions of equal size.
+        cases: at least one, each with at least two versions of equal size. They are embedded one after the other, so
+            that an iterator need not keep their pictures.
         about: facts for the head of the page, by name.
         means: mean figures by version, for a table at the head.
 
     Raises `ValueError` for a case that breaks these rules, `UserError` when the file cannot be written.
     """
-    if not rows:
-        raise ValueError("a report needs at least one case")
-    for case in rows:
-        shapes = {picture.image.shape for picture in _all(case)}
-        if len(case.versions) < 2 or len(shapes) > 1:
-            raise ValueError(f"{case.name}: needs at least two versions, all of one size, got {sorted(shapes)}")
-    body = [
-        f"<header><h1>{html.escape(title)}</h1>",
-        _facts(about or {}),
-        _table(means, "mean over the set") if means else "",
-        "</header><main>",
-        *(_case(case, number) for number, case in enumerate(rows)),
-        "</main>",
-    ]
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(part for part in body if part)
-        + f"\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
-    )
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:  # first: a place that cannot be written to is an error before long work
+        sections = [_case(case, number) for number, case in enumerate(cases)]
+        if not sections:
+            raise ValueError("a report needs at least one case")
+        body = [
+            f"<header><h1>{html.escape(title)}</h1>",
+            _facts(about or {}),
+            _table(means, "mean over the set") if means else "",
+            "</header><main>",
+            *sections,
+            "</main>",
+        ]
+        page = (
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+            + "\n".join(part for part in body if part)
+            + f"\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+        )
         temporary.write_text(page, encoding="utf-8")
 
 
-def find_crops(before: np.ndarray, after: np.ndarray, count: int = CROPS) -> list[tuple[int, int, int, int]]:
+def evenly(total: int, count: int) -> set[int]:
+    """Up to `count` of the numbers 0..total-1, evenly spaced: which pictures of a set a report shows."""
+    count = min(total, count)
+    return {round(i * (total - 1) / max(1, count - 1)) for i in range(count)}
+
+
+def chosen(count: int, total: int) -> str:
+    """How `evenly` chose, for a report's head."""
+    return "all of them" if count == total else f"{count} of them below, evenly spaced by name, not by result"
+
+
+def find_crops(before: np.ndarray, after: np.ndarray, count: int = CROPS) -> list[Crop]:
     """(left, top, right, bottom) of up to `count` squares that do not overlap, where the two pictures (HxWx3 uint8)
     differ most."""
     height, width = before.shape[:2]
@@ -96,25 +106,30 @@ def find_crops(before: np.ndarray, after: np.ndarray, count: int = CROPS) -> lis
 
 def _case(case: Case, number: int) -> str:
     pictures = _all(case)
+    shapes = {picture.image.shape for picture in pictures}
+    if len(case.versions) < 2 or len(shapes) > 1:
+        raise ValueError(f"{case.name}: needs at least two versions, all of one size, got {sorted(shapes)}")
     height, width = pictures[0].image.shape[:2]
     sources = [_embedded(picture.image) for picture in pictures]
+    crops = find_crops(case.versions[0].image, case.versions[-1].image)
     return "\n".join(
         [
             f'<section class="case" aria-labelledby="case{number}">',
             f'<h2 id="case{number}">{html.escape(case.name)} <small>{width}×{height}</small></h2>',
-            _slider(pictures, len(case.versions) - 1),
+            _slider(pictures, len(case.versions) - 1, crops),
             '<div class="versions">',
             *(_version(picture, source) for picture, source in zip(pictures, sources, strict=True)),
             "</div>",
-            _crops(case),
+            _zooms(pictures, crops),
             "</section>",
         ]
     )
 
 
-def _slider(pictures: Sequence[Picture], after: int) -> str:
-    """The first version on the left of the divider, the result on the right; both can be chosen. The script takes the
-    pictures from the row below, so that each is in the file once, and shows the slider."""
+def _slider(pictures: Sequence[Picture], after: int, crops: Sequence[Crop]) -> str:
+    """The first version on the left of the divider, the result on the right; both can be chosen. Frames show where the
+    crops below lie. The script takes the pictures from the row below, so that each is in the file once, and shows the
+    slider."""
 
     def choice(side: str, chosen: int) -> str:
         options = "".join(
@@ -124,10 +139,15 @@ def _slider(pictures: Sequence[Picture], after: int) -> str:
         return f'<label>{side} <select data-side="{side}">{options}</select></label>'
 
     height, width = pictures[0].image.shape[:2]
+    frames = "".join(
+        f'<span class="frame" style="left:{100 * left / width:.3f}%;top:{100 * top / height:.3f}%;'
+        f'width:{100 * (right - left) / width:.3f}%;height:{100 * (bottom - top) / height:.3f}%" aria-hidden="true">'
+        f"{number}</span>"
+        for number, (left, top, right, bottom) in enumerate(crops, 1)
+    )
     return (
-        '<div class="compare" hidden>'
-        f'<div class="stage" style="--aspect:{width / height:.5f};--width:{width}px">'
-        '<img class="right" alt=""><img class="left" alt="">'
+        f'<div class="compare" style="--aspect:{width / height:.5f};--width:{width}px" hidden><div class="stage">'
+        f'<img class="right" alt=""><img class="left" alt="">{frames}'
         '<span class="divider" aria-hidden="true"></span>'
         '<span class="tag tag-left" aria-hidden="true"></span><span class="tag tag-right" aria-hidden="true"></span>'
         '<input type="range" min="0" max="100" step="0.5" value="50" '
@@ -147,18 +167,19 @@ def _version(picture: Picture, source: str) -> str:
     )
 
 
-def _crops(case: Case) -> str:
-    lines = []
-    for left, top, right, bottom in find_crops(case.versions[0].image, case.versions[-1].image):
+def _zooms(pictures: Sequence[Picture], crops: Sequence[Crop]) -> str:
+    """Every version of each crop, enlarged."""
+    zooms = []
+    for number, (left, top, right, bottom) in enumerate(crops, 1):
         cells = "".join(
             f'<figure><img class="crop" src="{_embedded(picture.image[top:bottom, left:right], lossless=True)}" '
             f'alt="{html.escape(picture.label)}, enlarged">'
             f"<figcaption>{html.escape(picture.label)}</figcaption></figure>"
-            for picture in _all(case)
+            for picture in pictures
         )
-        where = f"{right - left}×{bottom - top} pixels at x {left}, y {top}"
-        lines.append(f'<p class="where">{where}, enlarged</p><div class="crops">{cells}</div>')
-    return "\n".join(lines)
+        where = f"<b>{number}</b> {right - left}×{bottom - top} pixels at x {left}, y {top}, enlarged"
+        zooms.append(f'<div><p class="where">{where}</p><div class="crops">{cells}</div></div>')
+    return f'<div class="zooms">{"".join(zooms)}</div>'
 
 
 def _table(means: Mapping[str, Mapping[str, float]], caption: str) -> str:

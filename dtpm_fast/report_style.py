@@ -21,8 +21,8 @@ th,td{padding:.4rem .8rem;border:1px solid var(--line);text-align:right;white-sp
 th{font-weight:600}tbody th{text-align:left}
 .case{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:clamp(.75rem,2.5vw,1.5rem);
 margin:0 0 1.5rem}
-.stage{position:relative;width:100%;max-width:min(max(var(--width),720px),calc(85vh*var(--aspect)));margin:0 auto;
-aspect-ratio:var(--aspect);overflow:hidden;border-radius:6px;background:#000;--at:50%}
+.compare{max-width:min(max(var(--width),840px),calc(85vh*var(--aspect)));margin:0 auto}
+.stage{position:relative;width:100%;aspect-ratio:var(--aspect);overflow:hidden;border-radius:6px;background:#000;--at:50%}
 .stage img{position:absolute;inset:0;width:100%;height:100%;object-fit:contain}
 .stage .left{clip-path:inset(0 calc(100% - var(--at)) 0 0)}
 .divider{position:absolute;top:0;bottom:0;left:var(--at);width:2px;margin-left:-1px;background:#fff;
@@ -32,6 +32,10 @@ transform:translate(-50%,-50%);border-radius:50%;background:#fff;color:#222;text
 font:1.3rem/2.2rem system-ui,sans-serif;box-shadow:0 1px 5px #0008}
 .stage input{position:absolute;inset:0;width:100%;height:100%;margin:0;opacity:0;cursor:ew-resize;touch-action:pan-y}
 .stage:focus-within{outline:3px solid var(--accent);outline-offset:2px}
+.frame{position:absolute;display:flex;align-items:flex-end;border:1.5px solid #fffd;
+box-shadow:0 0 3px #000c,inset 0 0 3px #000c;border-radius:3px;
+padding-left:.3rem;color:#fff;font-size:.8rem;font-weight:600;line-height:1.4;text-shadow:0 0 3px #000,0 0 2px #000;
+pointer-events:none}
 .tag{position:absolute;top:.6rem;padding:.1rem .55rem;border-radius:99px;background:#000a;color:#fff;font-size:.8rem;
 pointer-events:none}
 .tag-left{left:.6rem}.tag-right{right:.6rem}
@@ -46,8 +50,11 @@ figcaption{font-size:.85rem;font-weight:600;margin-top:.35rem}
 .versions dl{margin:.15rem 0 0;font-size:.8rem;font-variant-numeric:tabular-nums}
 .versions dl div{display:flex;justify-content:space-between;gap:.5rem;max-width:11rem}
 .versions dt{color:var(--quiet)}.versions dd{margin:0}
+.zooms{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr));gap:0 1.5rem}
 .where{margin:1.2rem 0 .4rem;font-size:.82rem;color:var(--quiet)}
-.crops{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(45%,9rem),1fr));gap:.6rem}
+.where b{display:inline-block;min-width:1.3rem;margin-right:.35rem;border:1px solid var(--line);border-radius:4px;
+text-align:center;color:var(--ink)}
+.crops{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(30%,8rem),1fr));gap:.6rem}
 .crop{image-rendering:pixelated;aspect-ratio:1}
 @media print{.stage input,.choices{display:none}.case{break-inside:avoid}}
 """

@@ -5,6 +5,7 @@ import io
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtpm_fast.report import Case, Picture, find_crops, write_report
+from dtpm_fast import Restorer
+from dtpm_fast.commands.restore import main as restore
+from dtpm_fast.errors import UserError
+from dtpm_fast.report import Case, Picture, chosen, evenly, find_crops, write_report
 
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -83,6 +87,7 @@ def test_pictures_survive_embedding_and_crops_are_lossless(tmp_path: Path) -> No
     write_report([Case("x", [Picture("input", before), Picture("result", after)])], path)
     embedded = re.findall(r"data:image/(\w+);base64,([A-Za-z0-9+/=]+)", path.read_text())
     assert [kind for kind, _ in embedded] == ["webp", "webp", "png", "png"]
+    assert path.read_text().count('class="frame"') == 1
     sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for _, data in embedded]
     assert sizes == [(70, 50), (70, 50), (50, 50), (50, 50)]
     (left, top, right, bottom), *_ = find_crops(before, after)
@@ -110,6 +115,13 @@ def test_crops_lie_where_the_pictures_differ_most() -> None:
     assert find_crops(before[:1, :1], after[:1, :1]) == [(0, 0, 1, 1)]
 
 
+def test_pictures_of_a_large_set_are_chosen_evenly() -> None:
+    assert evenly(3, 12) == {0, 1, 2}
+    assert evenly(101, 3) == {0, 50, 100}
+    assert evenly(5, 1) == {0}
+    assert chosen(3, 3) == "all of them" and "3 of them" in chosen(3, 5)
+
+
 def test_wrong_rows_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     with pytest.raises(ValueError, match="at least one case"):
@@ -119,6 +131,11 @@ def test_wrong_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x: needs .* all of one size"):
         write_report([Case("x", [Picture("input", flat(RED)), Picture("result", flat(RED, 9))])], path)
     assert not path.exists()
+    (tmp_path / "file").write_text("")
+    taken = iter(cases())
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report(taken, tmp_path / "file" / "page.html")
+    assert next(taken).name == "rain/<1>.png"  # no picture was worked on in vain
 
 
 def browse(page: Path, width: int, *options: str) -> subprocess.CompletedProcess[str]:
@@ -170,3 +187,49 @@ def test_the_divider_moves_and_other_versions_can_be_chosen(tmp_path: Path) -> N
     kind, clip, alt, same, fits, spoken = title.split(" | ")
     assert (kind, alt, same, fits, spoken) == ("range", "ground truth", "true", "true", "20% input")
     assert "80%" in clip
+
+
+@needs_browser
+def test_a_browser_shows_what_dtpm_restore_did(tmp_path: Path, random_weights: Callable[..., Path]) -> None:
+    """Without ground truth: input, predictor's picture and result, each as it was computed, and the crops' frames where
+    the crops were cut."""
+    photo = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    weights = random_weights(tmp_path / "tiny.safetensors")
+    page = tmp_path / "page.html"
+    common = ["--task", "derain", "--weights", str(weights), "--device", "cpu", "--report", str(page)]
+    assert restore([str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png"), *common]) == 0
+    script = """<script>
+      var crop = document.querySelectorAll('.crops')[0].querySelectorAll('img');
+      Promise.all(Array.from(document.images, function (image) { return image.decode(); })).then(function () {
+        var stage = document.querySelector('.stage').getBoundingClientRect();
+        var frame = document.querySelector('.frame').getBoundingClientRect();
+        var canvas = document.createElement('canvas');
+        canvas.width = canvas.height = crop[0].naturalWidth;
+        var pen = canvas.getContext('2d');
+        var mean = Array.from(crop, function (image) {
+          pen.drawImage(image, 0, 0);
+          var data = pen.getImageData(0, 0, canvas.width, canvas.height).data, sum = 0;
+          for (var i = 0; i < data.length; i += 4) sum += data[i] + data[i + 1] + data[i + 2];
+          return (sum / data.length * 4 / 3).toFixed(3);
+        });
+        document.title = [
+          Array.from(document.querySelectorAll('.versions figcaption'), function (c) { return c.textContent; }).join(),
+          mean.join(), Math.round((frame.left - stage.left) / stage.width * 160),
+          Math.round((frame.top - stage.top) / stage.height * 120), Math.round(frame.width / stage.width * 160)
+        ].join(' | ');
+      });
+    </script></body>"""
+    page.write_text(page.read_text().replace("</body>", script))
+    title = re.findall(r"<title>(.*?)</title>", browse(page, 1000, "--dump-dom", "--virtual-time-budget=20000").stdout)[
+        0
+    ]
+    labels, means, left, top, side = title.split(" | ")
+    assert labels == "input,initial predictor,result"
+    result = np.array(Image.open(tmp_path / "b.png"))
+    predicted = Restorer.from_pretrained(weights, "derain", device="cpu").predict(photo)
+    (x, y, right, bottom), *_ = find_crops(photo, result)
+    assert [int(v) for v in (left, top, side)] == [x, y, right - x]
+    wanted = [image[y:bottom, x:right].mean() for image in (photo, predicted, result)]
+    assert [float(v) for v in means.split(",")] == pytest.approx(wanted, abs=0.01)
+    assert len({round(float(v), 2) for v in wanted}) == 3

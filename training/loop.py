@@ -4,7 +4,7 @@ and N processes train as one with N times the batch."""
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from dtpm_fast import __version__
 from dtpm_fast.atomic import atomic_path
@@ -23,7 +23,8 @@ from dtpm_fast.config import Config
 from dtpm_fast.errors import UserError
 from dtpm_fast.model.block import use_kernels
 from dtpm_fast.model.dtpm import DTPM
-from dtpm_fast.training.batches import Batch, Pair, batches
+from dtpm_fast.training.acceleration import choose_compile, choose_kernels
+from dtpm_fast.training.batches import Batch, Noisy, Pair, batches
 from dtpm_fast.training.checkpoints import newest_state, save_state
 from dtpm_fast.training.determinism import determinism
 from dtpm_fast.training.ema import EMA
@@ -56,12 +57,14 @@ def train(run: Run, resume: bool = False) -> Path:
     """Train to `config.train.steps` and return the path of the averaged weights. `weights-best.safetensors` beside them
     are those of the best validation.
 
+    Processes that torchrun has started again resume what there is, whatever `resume` says.
+
     Raises `UserError` when the run folder already holds a run and `resume` is off, when it holds one of another config,
     when there is nothing to resume, and when the loss is no longer a number (the batch is saved).
     """
-    with determinism(run.config.train.deterministic), run.world.joined(run.device):
+    with determinism(run.config.train.deterministic), run.world.joined(run.device) as again:
         trainer = Trainer(run)
-        trainer.resume(resume)
+        trainer.resume(None if again else resume)
         with Log(run.folder, run.model.stage, trainer.step, run.config.train.steps, not run.world.leads) as log:
             try:
                 trainer.run_to_the_end(log)
@@ -78,7 +81,9 @@ class Trainer:
         self.run, settings = run, run.config.train
         self.precision = Precision(settings.precision, run.device)
         self.model = run.model.to(run.device).to(memory_format=torch.channels_last).train()
-        use_kernels(self.model, settings.kernels == "fused")
+        fused, why = choose_kernels(settings.kernels, self.model, self.precision)
+        use_kernels(self.model, run.world.all(fused, run.device))
+        run.world.say(f"kernels: {why}")
         if settings.activation_checkpointing:
             recompute_blocks(self.model)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -92,7 +97,7 @@ class Trainer:
 
     def run_to_the_end(self, log: Log) -> None:
         settings, world = self.run.config.train, self.run.world
-        self.parallelise()
+        self.parallelise(self.first_batch)
         losses: list[Tensor] = []  # one batch says little: its noise levels are drawn at random
         loader = batches(self.run.data, self.run.config, self.step, world, self.run.device.type == "cuda")
         while self.step < settings.steps:
@@ -151,8 +156,9 @@ class Trainer:
                 self._save_weights("weights.safetensors")
         return run.folder / "weights.safetensors"
 
-    def resume(self, resume: bool) -> None:
-        """Go on from the newest state that can be read."""
+    def resume(self, resume: bool | None) -> None:
+        """Go on from the newest state that can be read: True, there must be one; False, there must be none; None, if
+        there is one."""
         run = self.run
         state = _resumable(run, resume) if run.world.leads else None
         state = run.world.from_rank_0(state)  # the folder may be on the first machine alone
@@ -167,17 +173,27 @@ class Trainer:
         self.step = int(state["step"])
         run.world.say(f"resumed at iteration {self.step} of {run.config.train.steps}")
 
-    def parallelise(self) -> None:
-        """Once the state is the one to go on from: the processes start from rank 0's."""
-        if self.run.world.size > 1:
-            devices = [self.run.device] if self.run.device.type == "cuda" else None
+    def first_batch(self) -> Batch:
+        """The run's first batch, of rank 0."""
+        noisy = Noisy(self.run.data, self.run.config)
+        return default_collate([noisy[i] for i in range(self.run.config.train.batch_size)])
+
+    def parallelise(self, batch: Callable[[], Batch]) -> None:
+        """Once the state is the one to go on from: the processes start from rank 0's. `batch` makes one of the run's,
+        where the form of the loss is to be tried out first."""
+        run, plain = self.run, self.objective
+        compiled, why = choose_compile(
+            run.config.train.compile, plain, lambda: list(self._on_device(batch())), self.precision
+        )
+        self.objective = compiled if run.world.all(compiled is not plain, run.device) else plain
+        run.world.say(f"compile: {why}")
+        if run.world.size > 1:
+            devices = [run.device] if run.device.type == "cuda" else None
             # Buffers never change: those of the semantic encoder are frozen with it.
             known = inspect.signature(DistributedDataParallel.__init__).parameters  # renamed in torch 2.15
             name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             options: dict[str, Any] = {name: False}
             self.objective = DistributedDataParallel(self.objective, devices, **options)
-        if self.run.config.train.compile:
-            self.objective.compile()
 
     def _exchanging(self, last: bool) -> AbstractContextManager[None]:
         """Gradients are averaged over the processes with the last of an iteration's batches."""
@@ -230,7 +246,7 @@ def learning_rate(step: int, config: Config) -> float:
     return train.lr_min + 0.5 * (train.lr - train.lr_min) * (1 + math.cos(math.pi * done))
 
 
-def _resumable(run: Run, resume: bool) -> dict[str, Any] | None:
+def _resumable(run: Run, resume: bool | None) -> dict[str, Any] | None:
     state, broken = newest_state(run.folder)
     for line in broken:
         print(line)
@@ -238,7 +254,7 @@ def _resumable(run: Run, resume: bool) -> dict[str, Any] | None:
         if resume:
             raise UserError(f"{run.folder}: nothing to resume, no readable checkpoint in it")
         return None
-    if not resume:
+    if resume is False:
         raise UserError(
             f"{run.folder}: already holds a run at iteration {state['step']}; add --resume or choose another folder"
         )

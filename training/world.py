@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dtpm_fast.device import choose_device
 from dtpm_fast.errors import UserError
+from dtpm_fast.training.rendezvous import fresh_store
 
 # Rank 0 of a machine may decode a large data set, and rank 0 validate, while the others wait in their next exchange.
 PATIENCE = timedelta(hours=1)
@@ -59,14 +60,17 @@ class World:
         return device, f"{why}, {self.size} processes (nccl)"
 
     @contextmanager
-    def joined(self, device: torch.device) -> Iterator[None]:
-        """The processes can exchange tensors inside the `with`."""
+    def joined(self, device: torch.device) -> Iterator[bool]:
+        """The processes can exchange tensors inside the `with`. Gives whether torchrun has started them again, after
+        one of them had died."""
         if self.size == 1:
-            yield
+            yield int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
             return
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        store, again = fresh_store(self.rank, self.size, PATIENCE)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
         try:
-            yield
+            yield again
         finally:
             dist.destroy_process_group()
 
@@ -77,6 +81,10 @@ class World:
             dist.all_reduce(value)
         return value.item() / self.size
 
+    def all(self, value: bool, device: torch.device) -> bool:
+        """Whether it is true in every process; all of them must call it."""
+        return self.mean(torch.tensor(float(value), device=device)) == 1
+
     def from_rank_0(self, value: Any) -> Any:
         """Rank 0's value in every process; all of them must call it."""
         if self.size == 1:
@@ -84,3 +92,11 @@ class World:
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Every process's value, by rank; all of them must call it."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values

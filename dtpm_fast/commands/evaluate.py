@@ -23,15 +23,18 @@ from dtpm_fast.tasks import TASKS
 if TYPE_CHECKING:  # they import torch: not for --help or a mistyped path
     import torch
 
+    from dtpm_fast.data.layouts import Pairs
     from dtpm_fast.metrics.evaluation import Method, Row, Scored
     from dtpm_fast.metrics.niqe import Niqe
     from dtpm_fast.metrics.perceptual import Lpips, PatchFid
-    from dtpm_fast.runtime.restorer import Restorer
+    from dtpm_fast.report import Case
+    from dtpm_fast.training.world import World
 
 EXAMPLE = """examples:
   dtpm-evaluate --task derain --data rain100L --split-file split.csv --json result.json --report result.html
   dtpm-evaluate --task deblur --data GoPro --weights runs/deblur/weights.safetensors --steps 4 10 50 --csv images.csv
   dtpm-evaluate --task raindrop --data RainDrop --weights drop.safetensors --protocol weatherdiff --note "test set A"
+  torchrun --nproc-per-node 8 -m dtpm_fast.commands.evaluate --task deblur --data GoPro --weights deblur.safetensors
 The table goes to standard output as Markdown. Protocols and metrics are described in docs/evaluation.md."""
 PREDICTOR = "initial predictor"
 
@@ -101,32 +104,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace, command: str) -> int:
-    found = find_pairs(options.task, options.data, options.split, options.split_file)
+    found = find_pairs(options.task, options.data, options.split, options.split_file)  # before torch is imported
+
+    import torch
+
+    from dtpm_fast.training.world import World
+
+    world = World.from_environment()
+    if world.size > 1:
+        options.device = str(world.device(options.device)[0])
+    with world.joined(torch.device("cpu")):  # figures are exchanged, and they are on the CPU
+        return _measure(options, command, found, world)
+
+
+def _measure(options: argparse.Namespace, command: str, found: "Pairs", world: "World") -> int:
+    """Every process scores its share of the pictures; rank 0 writes."""
     pairs = found.pairs[: options.limit]
 
     from dtpm_fast.metrics.evaluation import INPUT, mean_figures, score
     from dtpm_fast.metrics.paper_tables import comparison
     from dtpm_fast.metrics.protocols import PROTOCOLS, default_protocol
+    from dtpm_fast.report import evenly
     from dtpm_fast.runtime.shipped import find_weights
 
     protocol = PROTOCOLS[options.protocol or default_protocol(options.task)]
     weights = find_weights(options.weights, options.task)
     methods, device, restorers = _methods(options)
     lpips, fid, niqe, left_out = _perceptual(options, [INPUT, *methods], device)
-    for line in [*restorers, *left_out]:
+    for line in [*restorers, *left_out] if world.leads else []:
         print(line, file=sys.stderr)
 
-    shown = _evenly(len(pairs), options.report_images) if options.report else set()
-    rows: list[Row] = []
-    kept: list[Scored] = []
-    for scored in tqdm(
-        score(pairs, methods, protocol, lpips, fid, niqe), total=len(pairs), unit="picture", disable=None
+    shown = evenly(len(pairs), options.report_images) if options.report else set()
+    own: dict[int, tuple[Row, Case | None]] = {}
+    scores = score(pairs, methods, protocol, lpips, fid, niqe, world.rank, world.size)
+    numbers = range(world.rank, len(pairs), world.size)
+    for number, scored in zip(
+        tqdm(numbers, unit="picture", disable=None if world.leads else True), scores, strict=True
     ):
-        if len(rows) in shown:
-            kept.append(scored)
-        rows.append(scored.row)
+        own[number] = scored.row, _case(scored) if number in shown else None
+    distances = fid.compute() if fid else {}
+    everything = {number: entry for share in world.gathered(own) for number, entry in share.items()}
+    if not world.leads:
+        return 0
+    rows = [everything[number][0] for number in range(len(pairs))]
+    kept = [case for number in range(len(pairs)) if (case := everything[number][1])]
     means = mean_figures(rows)
-    for name, distance in (fid.compute() if fid else {}).items():
+    for name, distance in distances.items():
         means[name]["fid"] = distance
 
     table = comparison(options.task, protocol, means, len(rows), str(options.data), options.note)
@@ -156,6 +179,7 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
             "config": json.loads(weights.config.to_json()),
         },
         "device": _device_name(device),
+        "processes": world.size,
         "restorers": restorers,
         "versions": _versions(),
         "left_out": left_out,
@@ -195,27 +219,11 @@ def _methods(options: argparse.Namespace) -> tuple[dict[str, "Method"], "torch.d
     }
     first = next(iter(restorers.values()))
     about = [restorer.about for restorer in restorers.values()]
-    return {PREDICTOR: _predictor(first), **restorers}, first.device, about
+    return {PREDICTOR: first.predict, **restorers}, first.device, about
 
 
 def _steps_name(steps: int) -> str:
     return f"{steps} step{'s' if steps > 1 else ''}"
-
-
-def _predictor(restorer: "Restorer") -> "Method":
-    """y_eps, the initial predictor's picture, with the restorer's own padding; by the plain model in float32."""
-    import torch
-
-    from dtpm_fast.runtime.photo import from_network, pad_to, round_up, to_network
-
-    @torch.inference_mode()
-    def predict(photo: "torch.Tensor") -> "torch.Tensor":
-        height, width = photo.shape[-2:]
-        size = [round_up(side, restorer.model.multiple) for side in (height, width)]
-        y_d = to_network(pad_to(photo.to(restorer.device), *size)).contiguous(memory_format=torch.channels_last)
-        return from_network(restorer.model.predict(y_d)[..., :height, :width], photo.dtype)
-
-    return predict
 
 
 def _perceptual(
@@ -264,26 +272,25 @@ def _write_curve(options: argparse.Namespace, means: dict[str, dict[str, float]]
     write_curve(options.curve, figures, distortion, perception, f"{options.task} on {options.data.name}")
 
 
-def _write_report(
-    options: argparse.Namespace, kept: Sequence["Scored"], total: int, facts: dict[str, Any], means: dict[str, Any]
-) -> None:
-    from dtpm_fast.report import Case, Picture, write_report
+def _case(scored: "Scored") -> "Case":
+    """A picture of the report, in 8 bits: the tensors behind it need not be kept."""
+    from dtpm_fast.report import Case, Picture
 
     def picture(label: str, image: "torch.Tensor", figures: dict[str, float]) -> Picture:
         rgb = (image[0].permute(1, 2, 0) * 255).round().clamp(0, 255).byte().numpy()
         return Picture(label, rgb, figures)
 
-    cases = [
-        Case(
-            scored.row.name,
-            [picture(name, image, scored.row.figures[name]) for name, image in scored.images.items()],
-            picture("ground truth", scored.target, {}),
-        )
-        for scored in kept
-    ]
-    chosen = "all of them" if len(kept) == total else f"{len(kept)} of them below, evenly spaced by name, not by result"
+    versions = [picture(name, image, scored.row.figures[name]) for name, image in scored.images.items()]
+    return Case(scored.row.name, versions, picture("ground truth", scored.target, {}))
+
+
+def _write_report(
+    options: argparse.Namespace, cases: Sequence["Case"], total: int, facts: dict[str, Any], means: dict[str, Any]
+) -> None:
+    from dtpm_fast.report import chosen, write_report
+
     about = {
-        "Data": f"{options.data}, {total} pictures; {chosen}",
+        "Data": f"{options.data}, {total} pictures; {chosen(len(cases), total)}",
         "Protocol": f"{facts['protocol']['name']}: {facts['protocol']['about']}",
         "Restorer": " | ".join(facts["restorers"]),
         "Date": facts["date"][:10],
@@ -297,11 +304,6 @@ def _write_report(
 def _write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _evenly(total: int, count: int) -> set[int]:
-    count = min(total, count)
-    return {round(i * (total - 1) / max(1, count - 1)) for i in range(count)}
 
 
 def _device_name(device: "torch.device") -> str:

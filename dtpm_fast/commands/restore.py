@@ -1,10 +1,14 @@
 """`dtpm-restore`: photos and folders of photos in, restored photos out."""
 
 import argparse
+import itertools
 import logging
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -13,10 +17,15 @@ from dtpm_fast.errors import UserError
 from dtpm_fast.images import SUFFIXES, list_images, read_image, write_image
 from dtpm_fast.tasks import TASKS
 
+if TYPE_CHECKING:  # they import torch or much else: not for --help or a mistyped path
+    from dtpm_fast.report import Case
+    from dtpm_fast.runtime.restorer import Restorer
+
 EXAMPLE = """examples:
   dtpm-restore rainy.jpg -o dry.png --task derain
   dtpm-restore holiday/ old.jpg -o restored/ --task derain --steps 10 --seed 7
   dtpm-restore photos/ -o sharp/ --task deblur --weights runs/deblur/weights.safetensors
+  dtpm-restore holiday/ -o restored/ --task derain --report restored.html
 An output keeps its input's stem and is a PNG, unless one photo goes to a file name of your own. A folder given beside
 other inputs becomes a folder inside OUT. A picture that cannot be restored is named at the end and the exit code is 1;
 the others are done."""
@@ -51,11 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a tile's side in pixels; none never tiles, auto does where the memory asks for it (default: auto)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="a page with sliders to look at the results")
+    parser.add_argument("--report-images", type=int, default=12, metavar="N", help="photos in the page (default: 12)")
     options = parser.parse_args(arguments)
-    return run(lambda: _restore(options))
+    if options.report_images < 1:
+        parser.error(f"--report-images {options.report_images}: must be at least 1")
+    if options.report is not None and options.report.is_dir():
+        parser.error(f"--report {options.report}: is a folder, give a file name")
+    command = shlex.join(["dtpm-restore", *(sys.argv[1:] if arguments is None else arguments)])
+    return run(lambda: _restore(options, command))
 
 
-def _restore(options: argparse.Namespace) -> int:
+def _restore(options: argparse.Namespace, command: str) -> int:
     jobs = plan_outputs(options.inputs, options.output)
     logging.basicConfig(format="%(message)s")  # to standard error
     logging.getLogger("dtpm_fast").setLevel(logging.INFO)
@@ -72,15 +88,58 @@ def _restore(options: argparse.Namespace) -> int:
         precision=options.precision,
         sampler=options.sampler,
     )
-    failures = []
-    for source, target in tqdm(jobs, unit="photo", disable=None):
-        try:
-            write_image(target, restorer(read_image(source)))
-        except UserError as error:
-            failures.append(str(error) if str(source) in str(error) else f"{source}: {error}")
+    failures: list[str] = []
+    if options.report is None:
+        for _ in _restored(jobs, restorer, set(), failures):
+            pass
+    else:
+        _write_report(options, jobs, restorer, failures, command)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _restored(
+    jobs: Sequence[tuple[Path, Path]], restorer: "Restorer", shown: set[int], failures: list[str]
+) -> Iterator["Case"]:
+    """Restore every photo and write it; yields what a report shows of the chosen ones. A photo that cannot be restored
+    adds a line to `failures`."""
+    from dtpm_fast.report import Case, Picture
+
+    for number, (source, target) in enumerate(tqdm(jobs, unit="photo", disable=None)):
+        try:
+            photo = read_image(source)
+            result = restorer(photo)
+            write_image(target, result)
+            if number in shown:
+                predicted = restorer.predict(photo)
+                labels = {"input": photo, "initial predictor": predicted, "result": result}
+                yield Case(source.name, [Picture(label, image) for label, image in labels.items()])
+        except UserError as error:
+            failures.append(str(error) if str(source) in str(error) else f"{source}: {error}")
+
+
+def _write_report(
+    options: argparse.Namespace,
+    jobs: Sequence[tuple[Path, Path]],
+    restorer: "Restorer",
+    failures: list[str],
+    command: str,
+) -> None:
+    from dtpm_fast.report import chosen, evenly, write_report
+
+    shown = evenly(len(jobs), options.report_images)
+    count = f"{len(jobs)} photo{'s' if len(jobs) > 1 else ''}"
+    about = {
+        "Photos": count if len(shown) == len(jobs) else f"{count}; {chosen(len(shown), len(jobs))}",
+        "Restorer": restorer.about,
+        "Date": datetime.now().astimezone().date().isoformat(),
+        "Command": command,
+    }
+    cases = _restored(jobs, restorer, shown, failures)
+    for first in cases:  # there is none, and no page, where every chosen photo is broken
+        title = f"dtpm-restore: {TASKS[options.task]}"
+        write_report(itertools.chain([first], cases), options.report, title=title, about=about)
 
 
 def _tile(text: str) -> int | str | None:

@@ -46,14 +46,17 @@ def score(
     lpips: Lpips | None = None,
     fid: PatchFid | None = None,
     niqe: Niqe | None = None,
+    rank: int = 0,
+    size: int = 1,
 ) -> Iterator[Scored]:
-    """Score each pair (degraded path, target path) by each method, the degraded picture itself ("input") first.
+    """Score each pair (degraded path, target path) by each method, the degraded picture itself ("input") first; of
+    `size` processes that share a set, each takes every `size`-th pair.
 
     `fid` is updated with every picture; its distances come at the end from `fid.compute()`. Raises `UserError`
     naming the file when a picture is broken, too small to be measured, or not of its target's size.
     """
     common = Path(os.path.commonpath([degraded.parent for degraded, _ in pairs])) if pairs else Path()
-    for degraded_path, target_path in pairs:
+    for degraded_path, target_path in pairs[rank::size]:
         degraded, target = read_image(degraded_path), read_image(target_path)
         if degraded.shape != target.shape:
             raise UserError(different_sizes(degraded_path, degraded.shape, target_path, target.shape))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _LPIPS
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -91,7 +92,12 @@ class PatchFid:
 
     def compute(self) -> dict[str, float]:
         """The distance of each method; nothing for fewer than two patches. It is biased for small sets: with fewer
-        patches than features (2048) it says little."""
+        patches than features (2048) it says little. Where several processes share a set (torch.distributed over CPU
+        tensors), it is that of all their patches, and all of them must call this."""
+        if dist.is_available() and dist.is_initialized():
+            patches = torch.tensor(self.patches)
+            dist.all_reduce(patches)  # torchmetrics adds up its own sums
+            self.patches = int(patches)
         if self.patches < 2:
             return {}
         return {name: float(distance.compute()) for name, distance in self._distances.items()}

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from dtpm_fast.runtime.noise import noise_fields
 from dtpm_fast.runtime.photo import from_network, open_photo, pad_to, round_up, to_network
 from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.reference import Reference
-from dtpm_fast.runtime.sampler import make_steps
+from dtpm_fast.runtime.sampler import Stepper, make_steps
 from dtpm_fast.runtime.shipped import find_weights, locate
 from dtpm_fast.runtime.tasks import InPlace
 from dtpm_fast.runtime.tiling import SMALLEST, Tiled
 from dtpm_fast.weights_file import Weights, load_model
 
 logger = logging.getLogger("dtpm_fast")
+Work = Callable[[Stepper, Tensor, Tensor], Tensor]  # of a backend, y_d and noise
 
 
 class Restorer:
@@ -111,7 +112,14 @@ class Restorer:
         Raises `UserError` for an unreadable file or too little memory, `TypeError` or `ValueError` for a wrong object.
         """
         batch, back = open_photo(photo)
-        return back(self._restore(batch))
+        return back(self._run(batch, lambda stepper, y_d, noise: stepper.restore(y_d, noise)))
+
+    @torch.inference_mode()
+    def predict(self, photo: Any) -> Any:
+        """y_eps, the initial predictor's picture of the photo, which the diffusion adds its texture to. Takes, returns
+        and raises what a call does."""
+        batch, back = open_photo(photo)
+        return back(self._run(batch, lambda stepper, y_d, _: stepper.prepare(y_d)["y_eps"]))
 
     def warmup(self, sizes: Iterable[tuple[int, int]] = ((256, 256),), batch: int = 1) -> float:
         """Restore a grey picture of every (height, width), so that compilers, autotuners and graph captures are done.
@@ -155,15 +163,15 @@ class Restorer:
         backend = self.backend.plan if isinstance(self.backend, Graph) else self.backend
         return backend if isinstance(backend, Plan) else None
 
-    def _restore(self, batch: Tensor) -> Tensor:
+    def _run(self, batch: Tensor, what: Work) -> Tensor:
         height, width = batch.shape[-2:]
         tall, wide = (round_up(side, self.model.multiple) for side in (height, width))
         noise = pad_to(noise_fields(self.seed, height, width, self.steps.noise_fields), tall, wide).to(self.device)
         y_d = to_network(pad_to(batch.to(self.device), tall, wide)).contiguous(memory_format=torch.channels_last)
-        restored = self._with_memory(y_d, noise)
+        restored = self._with_memory(y_d, noise, what)
         return from_network(restored[..., :height, :width], batch.dtype)
 
-    def _with_memory(self, y_d: Tensor, noise: Tensor) -> Tensor:
+    def _with_memory(self, y_d: Tensor, noise: Tensor, what: Work) -> Tensor:
         """The whole picture at once, or in tiles, which are halved for as long as the memory runs out."""
         batch, _, height, width = y_d.shape
         plan, core = self._plan(), self.tile if isinstance(self.tile, int) else None
@@ -174,8 +182,8 @@ class Restorer:
         while True:
             try:
                 if core is None:
-                    return self.backend.restore(y_d, noise)
-                return Tiled(self._tiling_plan(), core, self.model.multiple).restore(y_d, noise)
+                    return what(self.backend, y_d, noise)
+                return what(Tiled(self._tiling_plan(), core, self.model.multiple), y_d, noise)
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise

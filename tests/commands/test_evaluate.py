@@ -1,6 +1,9 @@
 import csv
 import hashlib
 import json
+import os
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -181,6 +184,63 @@ def test_the_report_shows_pictures_spread_over_the_set(pairs: Path, weights: str
     assert "c.png" in text
     assert "2 of them below" in text
     assert PREDICTOR in text
+
+
+SHARE = """
+import sys, torch
+import dtpm_fast.metrics.perceptual as perceptual
+from dtpm_fast.commands.evaluate import main
+
+class Statistics(torch.nn.Module):
+    num_features = 6
+    def forward(self, patches):
+        x = patches.float()
+        return torch.cat([x.mean(dim=(2, 3)), x.std(dim=(2, 3))], dim=1)
+
+perceptual._inception = lambda *_: Statistics()
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_set_and_give_the_figures_of_one(weights: str, tmp_path: Path) -> None:
+    """As torchrun starts them, on the CPU; FID, with a small network in the backbone's place, over all patches."""
+    pairs = write_pairs(tmp_path / "rain", [(520, 256), (260, 264), (256, 300)])
+    common = ["--task", "derain", "--data", str(pairs), "--weights", weights, "--device", "cpu", "--lpips", "off"]
+    common += ["--steps", "1", "--fid", "any", "--report-images", "2"]
+    script = tmp_path / "share.py"
+    script.write_text(SHARE)
+
+    def start(name: str, **group: str) -> "subprocess.Popen[str]":
+        paths = ["--json", str(tmp_path / f"{name}.json"), "--report", str(tmp_path / f"{name}.html")]
+        return subprocess.Popen(
+            [sys.executable, str(script), *common, *paths], env={**os.environ, "OMP_NUM_THREADS": "1", **group},
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [start("one"), *(start("two", **group, RANK=rank, LOCAL_RANK=rank) for rank in "01")]
+    try:
+        printed = [process.communicate(timeout=300)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert printed[0].splitlines()[:-1] == printed[1].splitlines()[:-1] and printed[2] == ""
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["fid_patches"] == two["fid_patches"] == 4
+    assert [row["name"] for row in one["per_image"]] == ["a.png", "b.png", "c.png"]
+    assert one["per_image"] == two["per_image"]
+    for method, figures in one["mean"].items():
+        assert "fid" in figures
+        assert two["mean"][method] == pytest.approx(figures, rel=1e-6)
+    shown = [re.findall(r'<h2 id="case\d+">(\S+)', (tmp_path / f"{name}.html").read_text()) for name in ("one", "two")]
+    assert shown[0] == shown[1] == ["a.png", "c.png"]
 
 
 def test_bad_input_is_one_line_and_writes_nothing(

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -63,6 +64,35 @@ def test_one_photo_goes_to_a_file_and_the_same_seed_gives_the_same_bytes(
     assert a != c
     with Image.open(tmp_path / "d.jpg") as image:
         assert image.format == "JPEG"
+
+
+def test_a_report_of_folders_shows_some_of_the_photos(
+    photos: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [str(photos), "-o", str(tmp_path / "out"), "--task", "derain", "--weights", weights, "--device", "cpu"]
+    page = tmp_path / "deep" / "page.html"
+    assert main([*common, "--report", str(page), "--report-images", "3"]) == 1  # two broken ones
+    assert len(list((tmp_path / "out").iterdir())) == 6
+    text = page.read_text(encoding="utf-8")
+    shown = re.findall(r'<h2 id="case\d+">(\S+)', text)  # of alpha, colour, deep, dot, grey, palette, text, truncated
+    assert shown == ["alpha.webp", "grey.png"]  # and the last, which is broken
+    assert "evenly spaced by name" in text and "--report-images 3" in text
+    capsys.readouterr()
+    broken = [
+        str(photos / "text.png"),
+        "-o",
+        str(tmp_path / "x.png"),
+        *common[3:],
+        "--report",
+        str(tmp_path / "x.html"),
+    ]
+    assert main(broken) == 1
+    assert "not a readable picture" in capsys.readouterr().err
+    assert not (tmp_path / "x.html").exists()
+    for wrong in (["--report-images", "0"], ["--report", str(tmp_path)]):
+        with pytest.raises(SystemExit) as usage:
+            main([*common, *wrong])
+        assert usage.value.code == 2
 
 
 def test_outputs_keep_the_stem(tmp_path: Path) -> None:

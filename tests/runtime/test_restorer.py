@@ -48,6 +48,26 @@ def test_the_picture_is_the_plain_references(restorer: Restorer) -> None:
     np.testing.assert_array_equal(restorer(before), expected.numpy())
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_predictors_picture_is_the_plain_predictors(weights: Path, backend: str) -> None:
+    restorer = Restorer.from_pretrained(weights, "derain", device="cpu", backend=backend)
+    tensor = torch.rand(2, 3, 37, 50, generator=torch.Generator().manual_seed(0))
+    y_d = pad_to(tensor, 40, 56) * 2 - 1
+    wanted = (restorer.model.predict(y_d)[..., :37, :50] * 0.5 + 0.5).clamp(0, 1)
+    assert torch.allclose(restorer.predict(tensor), wanted, atol=1e-5)
+    assert not torch.allclose(restorer(tensor), wanted, atol=1e-2)
+    array = photo(37, 50)
+    assert np.abs(restorer.predict(array).astype(int) - array).max() > 0
+
+
+def test_the_predictors_picture_in_tiles(weights: Path) -> None:
+    """No edge of a window shows: what differs from the whole picture is channel attention's mean alone."""
+    whole, tiled = (Restorer.from_pretrained(weights, "derain", device="cpu", tile=tile) for tile in (None, 128))
+    array = photo(300, 420)
+    difference = np.abs(whole.predict(array).astype(int) - tiled.predict(array).astype(int))
+    assert difference.mean() < 1
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(weights: Path) -> None:
     before = photo(33, 21)
     for backend in ("reference", "fused"):

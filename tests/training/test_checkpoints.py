@@ -1,11 +1,10 @@
 """What a run leaves on disk: the last states, the best weights; and a run that survives being killed many times."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,6 +14,8 @@ from safetensors.torch import load_file
 from dtpm_fast.train import main
 from dtpm_fast.training.checkpoints import list_states
 from dtpm_fast.weights_file import read_weights
+
+KILLS = int(os.environ.get("DTPM_KILLS", 20))  # random SIGKILLs in a run of 300 iterations
 
 
 def arguments(photos, output, settings, *more):
@@ -70,25 +71,32 @@ def test_a_state_of_before_there_were_these_settings_resumes(photos, tmp_path, t
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_in_the_same_bits(photos, tmp_path, tiny):
-    settings = [*tiny, "crop=16", "batch_size=1", "steps=300", "checkpoint_every=10", "validation_images=0"]
-    assert main(arguments(photos, tmp_path / "whole", settings)) == 0
-    killed, moments = tmp_path / "killed", random.Random()
-    for kill in range(5):
-        more = ["--resume"] if kill else []
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dtpm_fast.train", *arguments(photos, killed, settings, *more)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+    settings = [*tiny, "crop=16", "batch_size=1", "steps=300", "checkpoint_every=5", "validation_images=0"]
+    context = multiprocessing.get_context("forkserver")  # torch is imported once, and a start takes no time
+    context.set_forkserver_preload(["dtpm_fast.train"])
+    seed = random.randrange(2**32)
+    print(f"moments by seed {seed}")  # shown when the test fails
+    killed, moments, kills = tmp_path / "killed", random.Random(seed), 0
+    while kills < KILLS:
         known = list_states(killed)
-        while list_states(killed) == known:  # so that every process gets on
-            assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.5))  # anywhere: in a step, in a checkpoint, after the end
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        if list_states(killed)[0].name == "step-00000300.pt":
+        process = context.Process(
+            target=main, args=(arguments(photos, killed, settings, *(["--resume"] * bool(known))),)
+        )
+        process.start()
+        if moments.random() < 0.7:  # gets on before it is killed: in a step, in a checkpoint
+            while process.is_alive() and list_states(killed) == known:
+                time.sleep(0.001)
+            time.sleep(moments.uniform(0, 0.1))
+        else:  # or while it starts
+            time.sleep(moments.uniform(0, 0.5))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:
             break
-    assert main(arguments(photos, killed, settings, "--resume")) == 0
+    print(f"killed {kills} times")
+    assert kills > KILLS // 2
+    assert main(arguments(photos, killed, settings, *(["--resume"] * bool(list_states(killed))))) == 0
+    assert main(arguments(photos, tmp_path / "whole", settings)) == 0
     whole, resumed = (load_file(run / "weights.safetensors") for run in (tmp_path / "whole", killed))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

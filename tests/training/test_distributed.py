@@ -1,16 +1,22 @@
 """Several processes train as one with their batches together."""
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dtpm_fast.errors import UserError
 from dtpm_fast.train import main
+from dtpm_fast.training.checkpoints import list_states
 from dtpm_fast.training.world import World
 
 HANGS = 300  # seconds after which a run that should take half a minute counts as hung
@@ -67,6 +73,40 @@ def test_two_processes_equal_one_with_the_double_batch(photos, tmp_path, tiny, s
     assert "2 processes (gloo)" in said[0] and "psnr_result" in said[0] and said[1] == ""
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # rank 0 alone writes
     assert_same_curve(tmp_path / "two", single)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_starts_a_killed_process_again(photos, tmp_path, tiny, single, victim):
+    """The run goes on from its newest checkpoint without --resume, and ends where an undisturbed one does."""
+    output = tmp_path / "killed"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    agent = subprocess.Popen(
+        [*torchrun, "--max-restarts", "1", "-m", "dtpm_fast.train", *arguments(photos, output, tiny)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not list_states(output):
+            assert agent.poll() is None
+            time.sleep(0.01)
+        workers = sorted(int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split())
+        os.kill(next(pid for pid in workers if rank_of(pid) == victim), signal.SIGKILL)
+        said = agent.communicate(timeout=HANGS)[0]
+    finally:
+        os.killpg(agent.pid, signal.SIGKILL) if agent.poll() is None else None
+    assert agent.returncode == 0
+    assert re.search(r"resumed at iteration (3|6|9) of 12", said)
+    assert_same_curve(output, single)
+    found, wanted = (load_file(run / "weights.safetensors") for run in (output, single))
+    assert all(torch.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6) for name in wanted)
+
+
+def rank_of(pid):
+    """RANK in a process's environment; None where it has none."""
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((int(v.removeprefix(b"RANK=")) for v in variables if v.startswith(b"RANK=")), None)
 
 
 def test_the_world_is_read_from_torchruns_variables(monkeypatch):

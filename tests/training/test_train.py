@@ -1,6 +1,7 @@
 """`python -m dtpm_fast.train` as a user runs it: both stages, resume, and what goes wrong."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,6 +66,70 @@ def test_table_6_fine_tuning_rows(photos, tmp_path, tiny, tune, moves, stays):
         return any(not torch.equal(after[n], v) for n, v in before.items() if n.startswith(f"denoiser.{part}"))
 
     assert moved(moves) and not moved(stays)
+
+
+def psnr_of(name, printed):
+    """The validations' figures of one name, in order."""
+    return [float(found) for found in re.findall(rf"{name} ([\d.]+)", printed)]
+
+
+def test_clean_photos_alone_train_a_task(photos, tmp_path, tiny, capsys):
+    """Stage II on synthetic haze: its validation PSNR rises."""
+    assert stage1(photos, tmp_path / "prior", [*tiny, "steps=2", "validation_images=0"]) == 0
+    prior = str(tmp_path / "prior" / "weights.safetensors")
+    settings = [*tiny[2:], "steps=60", "lr=2e-3", "ema=0.9", "batch_size=4", "validate_every=30", "predictor_loss=1"]
+    arguments = ["--stage", "2", "--task", "dehaze", "--data", str(photos), "--prior", prior, "--device", "cpu"]
+    capsys.readouterr()
+    assert main([*arguments, "--output", str(tmp_path / "task"), "--set", *settings]) == 0
+    printed = capsys.readouterr().out
+    assert "synthetic dehaze" in printed
+    for name in ("psnr_result", "psnr_predictor"):
+        first, last = psnr_of(name, printed)
+        assert last > first + 0.3, printed
+    assert psnr_of("psnr_result", printed)[-1] > psnr_of("psnr_input", printed)[-1] + 1
+
+
+def test_the_predictor_trains_alone_and_another_run_starts_from_it(photos, tmp_path, tiny, capsys):
+    """The cheap start of a small budget: the predictor alone, then everything from it; a finished run is tuned on."""
+    assert stage1(photos, tmp_path / "prior", [*tiny, "steps=2", "validation_images=0"]) == 0
+    prior, first, second = (tmp_path / run / "weights.safetensors" for run in ("prior", "first", "second"))
+    settings = [*tiny[2:], "steps=60", "lr=2e-3", "ema=0.9", "batch_size=4", "validate_every=20", "tune=predictor"]
+    task = ["--stage", "2", "--task", "dehaze", "--data", str(photos), "--prior", str(prior), "--device", "cpu"]
+    capsys.readouterr()
+    assert main([*task, "--output", str(tmp_path / "first"), "--set", *settings]) == 0
+    printed = capsys.readouterr().out
+    assert "psnr_result" not in printed  # nothing else has been trained that could be shown
+    psnr = psnr_of("psnr_predictor", printed)
+    assert psnr[-1] > psnr[0] + 0.3, psnr
+    before, after = load_file(prior), load_file(first)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    fresh = {name: value for name, value in after.items() if ".m_out." in name}
+    assert fresh and not any(value.any() for value in fresh.values())  # the adapters are still the identity
+    assert (tmp_path / "first" / "weights-best.safetensors").is_file()
+
+    settings = [*tiny[2:], "steps=1", "lr=1e-9", "lr_min=1e-9", "validation_images=0"]
+    assert main([*task, "--output", str(tmp_path / "second"), "--init", str(first), "--set", *settings]) == 0
+    started = load_file(second)
+    assert all(torch.allclose(started[name], value, atol=1e-6) for name, value in after.items())
+    # A prior is tuned on too, and from a file of stage II as well: its denoiser is there.
+    assert stage1(photos, tmp_path / "third", [*settings, *tiny[:2]], "--init", str(second)) == 0
+    third = load_file(tmp_path / "third" / "weights.safetensors")
+    assert all(torch.allclose(third[name], value, atol=1e-6) for name, value in before.items())
+
+
+def test_a_resumed_run_does_not_start_from_its_init_again(photos, tmp_path, tiny):
+    """The state of the run goes first, so that the same command with --resume goes on."""
+    settings = [*tiny, "validation_images=0", "checkpoint_every=2", "seed=1"]
+    assert stage1(photos, tmp_path / "first", [*tiny, "steps=2", "validation_images=0"]) == 0
+    init = ["--init", str(tmp_path / "first" / "weights.safetensors")]
+    assert stage1(photos, tmp_path / "whole", [*settings, "steps=4"], *init) == 0
+    assert stage1(photos, tmp_path / "plain", [*settings, "steps=4"]) == 0
+    list_states(tmp_path / "whole")[0].rename(tmp_path / "newest")
+    wanted = load_file(tmp_path / "whole" / "weights.safetensors")
+    assert stage1(photos, tmp_path / "whole", [*settings, "steps=4"], *init, "--resume") == 0
+    found, plain = (load_file(tmp_path / run / "weights.safetensors") for run in ("whole", "plain"))
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert not all(torch.equal(found[name], value) for name, value in plain.items())
 
 
 def test_a_killed_run_resumes_to_the_same_bits(photos, tmp_path, tiny):
@@ -138,6 +203,12 @@ def test_wrong_uses_are_one_line_each(photos, tmp_path, tiny, capsys):
         "preset = 'tiny', the settings say 'light'",
         lambda: stage2(photos, tmp_path / "x", ["preset=light"], "--prior", str(prior)),
     )
+    fails(
+        "cannot start from it",
+        lambda: stage2(photos, tmp_path / "x", tiny, "--prior", str(prior), "--init", str(prior)),
+    )
+    fails("has shape", lambda: stage1(photos, tmp_path / "x", [*tiny, "embedding=32"], "--init", str(prior)))
+    fails("belongs to stage 2", lambda: stage1(photos, tmp_path / "x", [*tiny, "tune=predictor"]))
     fails("no such folder", lambda: stage1(tmp_path / "absent", tmp_path / "x", tiny))
     fails("another model", lambda: stage1(photos, tmp_path / "prior", [*tiny, "steps=2", "embedding=32"], "--resume"))
     (tmp_path / "empty").mkdir()
