@@ -44,8 +44,8 @@ def _agree(store: Store, rank: int, size: int, timeout: timedelta) -> tuple[str,
         name = store.get("proposed").decode()
         store.set(f"{name}/{rank}", mine)
         if store.check([f"{name}/confirmed"]):
-            starts, *known = store.get(f"{name}/confirmed").decode().split()
+            number, *known = store.get(f"{name}/confirmed").decode().split()
             if mine in known:
-                return name, int(starts)
+                return name, int(number)
         time.sleep(POLL)
     raise RuntimeError(f"rank {rank}: rank 0 did not answer within {timeout}")

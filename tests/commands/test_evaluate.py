@@ -186,6 +186,7 @@ def test_the_report_shows_pictures_spread_over_the_set(pairs: Path, weights: str
     assert PREDICTOR in text
 
 
+HANGS = 900  # seconds; a run that takes half a minute, on a machine with nothing else to do
 SHARE = """
 import sys, torch
 import dtpm_fast.metrics.perceptual as perceptual
@@ -225,7 +226,7 @@ def test_two_processes_share_a_set_and_give_the_figures_of_one(weights: str, tmp
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = [start("one"), *(start("two", **group, RANK=rank, LOCAL_RANK=rank) for rank in "01")]
     try:
-        printed = [process.communicate(timeout=300)[0] for process in started]
+        printed = [process.communicate(timeout=HANGS)[0] for process in started]
     finally:
         for process in started:
             process.kill()

@@ -77,30 +77,34 @@ def test_clean_photos_alone_train_a_task(photos, tmp_path, tiny, capsys):
     """Stage II on synthetic haze: its validation PSNR rises."""
     assert stage1(photos, tmp_path / "prior", [*tiny, "steps=2", "validation_images=0"]) == 0
     prior = str(tmp_path / "prior" / "weights.safetensors")
-    settings = [*tiny[2:], "steps=60", "lr=2e-3", "ema=0.9", "batch_size=4", "validate_every=30", "predictor_loss=1"]
+    settings = [*tiny[2:], "steps=45", "lr=1e-3", "ema=0.9", "batch_size=4", "validate_every=3"]
+    settings += ["predictor_loss=1", "validation_images=4"]
     arguments = ["--stage", "2", "--task", "dehaze", "--data", str(photos), "--prior", prior, "--device", "cpu"]
+    arguments += ["--validation", str(photos)]  # one photo held out would say little
     capsys.readouterr()
     assert main([*arguments, "--output", str(tmp_path / "task"), "--set", *settings]) == 0
     printed = capsys.readouterr().out
     assert "synthetic dehaze" in printed
     for name in ("psnr_result", "psnr_predictor"):
-        first, last = psnr_of(name, printed)
-        assert last > first + 0.3, printed
-    assert psnr_of("psnr_result", printed)[-1] > psnr_of("psnr_input", printed)[-1] + 1
+        psnr = psnr_of(name, printed)
+        assert psnr[-1] > psnr[0] + 0.5, printed
+        assert psnr[-1] > psnr_of("psnr_input", printed)[-1] + 1, printed
 
 
 def test_the_predictor_trains_alone_and_another_run_starts_from_it(photos, tmp_path, tiny, capsys):
     """The cheap start of a small budget: the predictor alone, then everything from it; a finished run is tuned on."""
     assert stage1(photos, tmp_path / "prior", [*tiny, "steps=2", "validation_images=0"]) == 0
     prior, first, second = (tmp_path / run / "weights.safetensors" for run in ("prior", "first", "second"))
-    settings = [*tiny[2:], "steps=60", "lr=2e-3", "ema=0.9", "batch_size=4", "validate_every=20", "tune=predictor"]
+    settings = [*tiny[2:], "steps=45", "lr=1e-3", "ema=0.9", "batch_size=4", "validate_every=3"]
+    settings += ["tune=predictor", "validation_images=4"]
     task = ["--stage", "2", "--task", "dehaze", "--data", str(photos), "--prior", str(prior), "--device", "cpu"]
+    task += ["--validation", str(photos)]
     capsys.readouterr()
     assert main([*task, "--output", str(tmp_path / "first"), "--set", *settings]) == 0
     printed = capsys.readouterr().out
     assert "psnr_result" not in printed  # nothing else has been trained that could be shown
     psnr = psnr_of("psnr_predictor", printed)
-    assert psnr[-1] > psnr[0] + 0.3, psnr
+    assert psnr[-1] > psnr[0] + 0.5, psnr
     before, after = load_file(prior), load_file(first)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     fresh = {name: value for name, value in after.items() if ".m_out." in name}
