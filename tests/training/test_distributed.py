@@ -85,22 +85,30 @@ def test_torchrun_starts_a_killed_process_again(photos, tmp_path, tiny, single, 
         [*torchrun, "--max-restarts", "1", "-m", "dtpm_fast.train", *arguments(photos, output, tiny)],
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
     try:
         while not list_states(output):
             assert agent.poll() is None
             time.sleep(0.01)
-        workers = sorted(int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split())
+        workers = children(agent.pid)
         os.kill(next(pid for pid in workers if rank_of(pid) == victim), signal.SIGKILL)
         said = agent.communicate(timeout=HANGS)[0]
     finally:
-        os.killpg(agent.pid, signal.SIGKILL) if agent.poll() is None else None
+        if agent.poll() is None:
+            workers = children(agent.pid)  # each is in a session of its own
+            agent.kill()
+            for pid in workers:
+                os.kill(pid, signal.SIGKILL)
     assert agent.returncode == 0
     assert re.search(r"resumed at iteration (3|6|9) of 12", said)
     assert_same_curve(output, single)
     found, wanted = (load_file(run / "weights.safetensors") for run in (output, single))
     assert all(torch.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6) for name in wanted)
+
+
+def children(pid):
+    """The processes that a process has started (Linux)."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def rank_of(pid):
