@@ -6,7 +6,7 @@ from dtpm_fast.errors import UserError
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.runtime.compiled import Compiled
 from dtpm_fast.runtime.graph import Graph
-from dtpm_fast.runtime.plan import Plan
+from dtpm_fast.runtime.plan import Plan, native_form
 from dtpm_fast.runtime.precision import choose_precision
 from dtpm_fast.runtime.reference import Reference
 from dtpm_fast.runtime.sampler import Stepper, Steps
@@ -41,8 +41,13 @@ def choose_backend(
         return Compiled(model, steps, dtype), said
     if name == "graph" and device.type != "cuda":
         raise UserError("backend graph: CUDA graphs need a CUDA device, and this is a CPU; use --backend fused")
-    plan = Plan(model, steps, dtype, kernels=device.type == "cuda")
-    return (Graph(plan, device) if name == "graph" else plan), said
+    if device.type == "cuda":
+        plan = Plan(model, steps, dtype, "kernels")
+        return (Graph(plan, device) if name == "graph" else plan), said
+    isa = native_form(model) if dtype == torch.float32 else None
+    if isa is None:
+        return Plan(model, steps, dtype), f"{said}; blocks in PyTorch"
+    return Plan(model, steps, dtype, "native"), f"{said}; blocks compiled for {isa}"
 
 
 def _auto(model: DTPM, device: torch.device) -> tuple[str, str]:

@@ -7,7 +7,7 @@ Both are plain modules without Python side effects, so that torch.compile, torch
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,13 @@ from dtpm_fast.model.adapter import CGAdapter, resize_to_level
 from dtpm_fast.model.block import DenoisingBlock, NAFBlock
 from dtpm_fast.model.denoiser import sinusoid
 from dtpm_fast.model.dtpm import DTPM
+from dtpm_fast.model.unet import UNet
+from dtpm_fast.runtime.cpu_unet import CpuBlock, CpuUNet, instruction_set
 from dtpm_fast.runtime.sampler import C_IN, Conditions, Steps, sample, update
 from dtpm_fast.runtime.unet import FoldedBlock, FoldedUNet, KernelBlock, Mean, MergedAdapter, own_mean
+
+# What the U-Nets run through: PyTorch's operators, the fused Triton kernels, or the compiled parts for CPUs.
+Form = Literal["folded", "kernels", "native"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Prepare(nn.Module):
 
     def __init__(
         self, model: DTPM, step: "Step", adapters: dict[str, MergedAdapter], dtype: torch.dtype,
-        block_kind: type[FoldedBlock] | type[KernelBlock],
+        form: Form,
     ) -> None:  # fmt: skip
         super().__init__()
         self.projection: Tensor
@@ -45,7 +50,7 @@ class Prepare(nn.Module):
         self.semantic, self.code_mlp = model.semantic, model.denoiser.code_mlp
         self.predictor: FoldedUNet | None = None
         if model.predictor is not None:
-            self.predictor = FoldedUNet(model.predictor, {}, dtype, block_kind)
+            self.predictor = _unet(form, model.predictor, {}, dtype)
             blocks = [cast(NAFBlock, model.predictor.get_submodule(position)) for position in self.predictor.positions]
             affine = [p.detach() for b in blocks for norm in (b.norm1, b.norm2) for p in (norm.bias, norm.weight)]
             self.register_buffer("affine_rows", torch.cat(affine)[None].to(dtype))
@@ -59,7 +64,7 @@ class Prepare(nn.Module):
         for (position, channels), block in zip(step.unet.positions.items(), step.unet.blocks, strict=True):
             if position in adapters:
                 self.levels[position] = (channels // width).bit_length() - 1
-                residual_bias = cast(FoldedBlock | KernelBlock, block).residual_bias
+                residual_bias = cast(FoldedBlock | KernelBlock | CpuBlock, block).residual_bias
                 bias = adapters[position].bias + adapters[position].matrix @ residual_bias
                 self._keep(_key(position), adapters[position].kernel, bias)
 
@@ -116,12 +121,12 @@ class Step(nn.Module):
 
     def __init__(
         self, model: DTPM, adapters: dict[str, MergedAdapter], dtype: torch.dtype,
-        block_kind: type[FoldedBlock] | type[KernelBlock],
+        form: Form,
     ) -> None:  # fmt: skip
         super().__init__()
         self.intro_weight: Tensor
         self.dtype = dtype
-        self.unet = FoldedUNet(model.denoiser, adapters, dtype, block_kind)
+        self.unet = _unet(form, model.denoiser, adapters, dtype)
         intro = model.denoiser.intro.weight.detach()[:, :3]
         self.register_buffer("intro_weight", intro.to(dtype).contiguous(memory_format=torch.channels_last))
 
@@ -151,23 +156,25 @@ class Plan:
         model: of stage II, in evaluation mode, on its device.
         steps: of the sampler.
         dtype: of maps and weights; x, y_eps and the sampler's update stay in the model's own.
-        kernels: run the blocks through the fused kernels instead of folded PyTorch (no other mean can be given then).
+        form: "folded", PyTorch's operators; "kernels", the fused kernels (channel attention takes its own mean then);
+            "native", the compiled parts for a CPU, float32 only (`native_form` says where they run).
 
     Raises `UserError` for a model of stage I and for gated adapters.
     """
 
-    def __init__(self, model: DTPM, steps: Steps, dtype: torch.dtype = torch.float32, kernels: bool = False) -> None:
+    def __init__(
+        self, model: DTPM, steps: Steps, dtype: torch.dtype = torch.float32, form: Form = "folded"
+    ) -> None:
         if model.stage != 2:
             raise UserError(
                 f"the plan restores pictures and needs a model of stage 2, this one is of stage {model.stage}"
             )
-        self.steps, self.dtype, self.kernels = steps, dtype, kernels
-        block_kind = KernelBlock if kernels else FoldedBlock
+        self.steps, self.dtype, self.form = steps, dtype, form
         positions = list(model.denoiser.positions())
         present = [position for position in positions if _module(position) in model.adapters]
         adapters = {p: MergedAdapter(cast(CGAdapter, model.adapters[_module(p)])) for p in present}
-        self.step_module = Step(model, adapters, dtype, block_kind).eval()
-        self.prepare_module = Prepare(model, self.step_module, adapters, dtype, block_kind).eval()
+        self.step_module = Step(model, adapters, dtype, form).eval()
+        self.prepare_module = Prepare(model, self.step_module, adapters, dtype, form).eval()
         own = next(model.denoiser.parameters())
         self.table = steps.table.to(own)
         self.time_rows = _time_rows(model, steps).to(own)
@@ -191,7 +198,7 @@ class Plan:
 
     def of(self, model: DTPM) -> "Plan":
         """A plan of the same kind for another model, not compiled."""
-        return Plan(model, self.steps, self.dtype, self.kernels)
+        return Plan(model, self.steps, self.dtype, self.form)
 
     def hoisted(self, conditions: Conditions | None = None) -> list[Hoisted]:
         """What left the step, with bytes; those of an image for the given conditions (else 0)."""
@@ -208,6 +215,20 @@ class Plan:
             Hoisted("condition's half of the intro convolution", "image", _bytes(given.get("intro"))),
             Hoisted(f"bias maps of {len(prepare.levels)} adapters", "image", _bytes(*maps)),
         ]
+
+
+def native_form(model: DTPM) -> str | None:
+    """The instruction set that the compiled parts take for this model; None where they cannot run it."""
+    return instruction_set(model.config.width, *([model.config.predictor_width] if model.predictor is not None else []))
+
+
+def _unet(form: Form, unet: UNet, adapters: dict[str, MergedAdapter], dtype: torch.dtype) -> FoldedUNet:
+    if form == "native":
+        isa = instruction_set(unet.intro.out_channels)
+        if isa is None or dtype != torch.float32:
+            raise ValueError(f"the compiled parts cannot run {unet.intro.out_channels} channels in {dtype} here")
+        return CpuUNet(unet, adapters, isa)
+    return FoldedUNet(unet, adapters, dtype, KernelBlock if form == "kernels" else FoldedBlock)
 
 
 def _time_rows(model: DTPM, steps: Steps) -> Tensor:

@@ -200,7 +200,7 @@ class Restorer:
     def _tiling_plan(self) -> Plan:
         plan = self._plan()
         assert plan is not None  # the reference backend does not tile
-        if not plan.kernels:
+        if plan.form != "kernels":
             return plan
         if self._folded is None:
             self._folded = Plan(self.model, self.steps, plan.dtype)

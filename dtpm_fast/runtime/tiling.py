@@ -82,7 +82,7 @@ class Tiled:
     """A plan in windows: `prepare` and `step` over the whole picture, never more than one window of maps at a time.
 
     Args:
-        plan: of folded blocks; the fused kernels cannot take channel attention's mean from outside.
+        plan: not of fused kernels, which cannot take channel attention's mean from outside.
         core: pixels on a side of a window's core; it reaches `overlap` further on every side.
         advance: called after every window of every pass, for a progress bar.
     """
@@ -90,7 +90,7 @@ class Tiled:
     def __init__(
         self, plan: Plan, core: int, multiple: int, overlap: int = OVERLAP, advance: Callable[[], None] | None = None
     ) -> None:
-        if plan.kernels:
+        if plan.form == "kernels":
             raise UserError("tiles need a plan of folded blocks, not of fused kernels")
         self.plan, self.steps = plan, plan.steps
         self.core, self.multiple, self.overlap, self.advance = core, multiple, overlap, advance

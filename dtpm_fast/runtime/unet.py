@@ -150,7 +150,7 @@ class FoldedUNet(nn.Module):
         unet: UNet,
         adapters: dict[str, MergedAdapter],
         dtype: torch.dtype,
-        block_kind: type[FoldedBlock] | type[KernelBlock] = FoldedBlock,
+        make_block: Callable[[Block, MergedAdapter | None, torch.dtype], nn.Module] = FoldedBlock,
     ) -> None:
         super().__init__()
         self.positions = unet.positions()
@@ -159,7 +159,7 @@ class FoldedUNet(nn.Module):
         )
         self.middle = len(unet.middle_blks)
         self.blocks = nn.ModuleList(
-            block_kind(cast(Block, unet.get_submodule(position)), adapters.get(position), dtype)
+            make_block(cast(Block, unet.get_submodule(position)), adapters.get(position), dtype)
             for position in self.positions
         )
         for i, down in enumerate(unet.downs):
@@ -190,11 +190,22 @@ class FoldedUNet(nn.Module):
         for i, count in enumerate(self.encoder):
             h = run(count, h)
             skips.append(h)
-            weight, bias = getattr(self, f"down{i}_weight"), getattr(self, f"down{i}_bias")
-            h = F.conv2d(h.permute(0, 3, 1, 2), weight, bias, stride=2).permute(0, 2, 3, 1).contiguous()
+            h = self._down(h, i)
         h = run(self.middle, h)
         for i, count in enumerate(self.decoder):
-            h = run(count, _up(h, getattr(self, f"up{i}"), skips.pop()))
+            h = run(count, self._up(h, i, skips.pop()))
+        return self._ending(h)
+
+    def _down(self, h: Tensor, i: int) -> Tensor:
+        weight, bias = getattr(self, f"down{i}_weight"), getattr(self, f"down{i}_bias")
+        return F.conv2d(h.permute(0, 3, 1, 2), weight, bias, stride=2).permute(0, 2, 3, 1).contiguous()
+
+    def _up(self, h: Tensor, i: int, skip: Tensor) -> Tensor:
+        b, height, width, c = skip.shape
+        h = F.linear(h, getattr(self, f"up{i}")).view(b, height // 2, width // 2, 2, 2, c).permute(0, 1, 3, 2, 4, 5)
+        return (skip.view(b, height // 2, 2, width // 2, 2, c) + h).view(skip.shape)
+
+    def _ending(self, h: Tensor) -> Tensor:
         return F.conv2d(h.permute(0, 3, 1, 2), self.ending_weight, self.ending_bias, padding=1)
 
 
@@ -233,12 +244,6 @@ def _sca(block: Block) -> nn.Conv2d:
 
 def _gate(x: Tensor, channels: int) -> Tensor:
     return x[..., :channels] * x[..., channels:]
-
-
-def _up(h: Tensor, weight: Tensor, skip: Tensor) -> Tensor:
-    b, height, width, c = skip.shape
-    h = F.linear(h, weight).view(b, height // 2, width // 2, 2, 2, c).permute(0, 1, 3, 2, 4, 5)
-    return (skip.view(b, height // 2, 2, width // 2, 2, c) + h).view(skip.shape)
 
 
 def _channels_last(weight: Tensor, dtype: torch.dtype) -> Tensor:

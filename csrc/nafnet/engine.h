@@ -1,0 +1,381 @@
+// The U-Net's parts for one instruction set: included once per set, with that set's target options on, inside a
+// namespace of its own. It includes nothing itself.
+//
+// V floats make a vector; a tile of a product is MR pixels by 2V outputs, whose sums stay in registers.
+
+template <int V, int MR>
+class Engine {
+    typedef float vec __attribute__((vector_size(V * sizeof(float)), aligned(4), may_alias));
+    static constexpr long PANEL = 48;  // pixels that go through all products of a block together, a multiple of MR
+    static constexpr long PAD = 2 * V;  // keeps rows of 4096 bytes out of one cache set
+
+public:
+    static void spread(const Shape& s, const float* x, Rows scale, Rows shift, const float* conv1,
+                       const float* conv1_bias, const float* depthwise, const float* depthwise_bias, float* gated,
+                       float* sums, int threads) {
+        const long C = s.channels, strip = strip_width(s), strips = (s.width + strip - 1) / strip;
+        // Rows of conv1's output that are made together: several where the map is narrow, so that tiles are full.
+        const long group = std::max(1L, 2 * PANEL / std::min(s.width, strip));
+        const long bands = std::min((s.height + group - 1) / group, bands_for(s, strips, threads));
+        const long pixel = 2 * C + PAD, slots = group + 2, row_size = (std::min(strip, s.width) + 2) * pixel;
+        const long tasks = s.samples * bands * strips;
+#pragma omp parallel num_threads(threads)
+        {
+            float* ring = scratch((slots + 1) * row_size + PANEL * (C + PAD));
+            float* zeros = ring + slots * row_size;
+            float* normal = zeros + row_size;
+            std::fill(zeros, zeros + row_size, 0.0f);
+#pragma omp for schedule(dynamic, 1)
+            for (long task = 0; task < tasks; ++task) {
+                const long sample = task / (bands * strips), band = task / strips % bands, column = task % strips;
+                const long top = s.height * band / bands, bottom = s.height * (band + 1) / bands;
+                const long c0 = column * strip, c1 = std::min(s.width, c0 + strip);
+                const long left = std::max(0L, c0 - 1), right = std::min(s.width, c1 + 1);
+                const float* map = x + sample * s.height * s.width * C;
+                for (long slot = 0; slot < slots; ++slot) {  // beyond the picture the convolution sees zeros
+                    float* row = ring + slot * row_size;
+                    if (c0 == 0) std::fill(row, row + pixel, 0.0f);
+                    if (c1 == s.width) std::fill(row + (c1 - c0 + 1) * pixel, row + (c1 - c0 + 2) * pixel, 0.0f);
+                }
+                long made = std::max(0L, top - 1);  // first row that conv1 has not done
+                for (long y0 = top; y0 < bottom; y0 += group) {
+                    const long y1 = std::min(bottom, y0 + group), until = std::min(s.height, y1 + 1);
+                    const long columns = right - left, pixels = (until - made) * columns;
+                    for (long first = 0; first < pixels; first += PANEL) {
+                        const long n = std::min(PANEL, pixels - first);
+                        float* to[PANEL];
+                        for (long p = 0; p < n; ++p) {
+                            const long y = made + (first + p) / columns, c = left + (first + p) % columns;
+                            normalise(map + (y * s.width + c) * C, normal + p * (C + PAD), C, scale.of(sample),
+                                      shift.of(sample));
+                            to[p] = ring + y % slots * row_size + (c - c0 + 1) * pixel;
+                        }
+                        product(normal, C + PAD, n, C, conv1, C / V, [&](long p, long panel, vec a, vec b) {
+                            float* out = to[p] + panel * 2 * V;
+                            store(out, a + load(conv1_bias + panel * 2 * V));
+                            store(out + V, b + load(conv1_bias + panel * 2 * V + V));
+                        });
+                    }
+                    made = std::max(made, until);
+                    for (long y = y0; y < y1; ++y) {
+                        const float* rows[3];
+                        for (long k = 0; k < 3; ++k) {
+                            const long from = y + k - 1;
+                            rows[k] = from < 0 || from >= s.height ? zeros : ring + from % slots * row_size;
+                        }
+                        const long at = sample * s.height + y;
+                        depthwise_row(rows, pixel, C, c1 - c0, depthwise, depthwise_bias,
+                                      gated + (at * s.width + c0) * C, sums + (at * strips + column) * C);
+                    }
+                }
+            }
+        }
+    }
+
+    static void merge(const Shape& s, float* x, const float* gated, const float* attention, const float* conv3,
+                      const float* conv3_bias, Rows scale, Rows shift, const float* conv4, const float* conv4_bias,
+                      const float* conv5, const float* conv5_bias, const float* bias_map, int threads) {
+        const long C = s.channels, pixels = s.height * s.width, panels = (C + 2 * V - 1) / (2 * V);
+        const long chunk = chunk_for(pixels, s.samples, threads), chunks = (pixels + chunk - 1) / chunk;
+        const long wide = 2 * C + PAD, size = panels * C * 2 * V;
+        float* attended = shared(s.samples * size);  // conv3 with the sample's channel attention in its columns
+#pragma omp parallel num_threads(threads)
+        {
+            float* gate_and_y = scratch(PANEL * (wide + 2 * (C + PAD)));
+            float* normal = gate_and_y + PANEL * wide;
+            float* padded = normal + PANEL * (C + PAD);
+#pragma omp for schedule(static)
+            for (long row = 0; row < s.samples * panels * C; ++row) {
+                const float* from = conv3 + row % (panels * C) * 2 * V;
+                const float by = attention[row / (panels * C) * C + row % C];
+                store(attended + row * 2 * V, load(from) * by);
+                store(attended + row * 2 * V + V, load(from + V) * by);
+            }
+#pragma omp for schedule(dynamic, 1)
+            for (long task = 0; task < s.samples * chunks; ++task) {
+                const long sample = task / chunks, start = task % chunks * chunk;
+                const long stop = std::min(pixels, start + chunk);
+                for (long first = start; first < stop; first += PANEL) {
+                    const long n = std::min(PANEL, stop - first), at = (sample * pixels + first) * C;
+                    const float* input = gated + at;
+                    long stride = C;
+                    if (n % MR) {  // a tile reads MR rows: not beyond the map
+                        for (long p = 0; p < n; ++p) std::copy_n(input + p * C, C, padded + p * (C + PAD));
+                        input = padded, stride = C + PAD;
+                    }
+                    product(input, stride, n, C, attended + sample * size, panels,
+                            [&](long p, long panel, vec a, vec b) {
+                                const long c = panel * 2 * V;
+                                const float* before = x + at + p * C + c;
+                                float* y = gate_and_y + p * wide + C + c;
+                                store(y, a + load(before) + load(conv3_bias + c));
+                                if (c + V < C) store(y + V, b + load(before + V) + load(conv3_bias + c + V));
+                            });
+                    for (long p = 0; p < n; ++p)
+                        normalise(gate_and_y + p * wide + C, normal + p * (C + PAD), C, scale.of(sample),
+                                  shift.of(sample));
+                    product(normal, C + PAD, n, C, conv4, C / V, [&](long p, long panel, vec a, vec b) {
+                        const float* bias = conv4_bias + panel * 2 * V;
+                        store(gate_and_y + p * wide + panel * V, (a + load(bias)) * (b + load(bias + V)));
+                    });
+                    product(gate_and_y, wide, n, bias_map ? 2 * C : C, conv5, panels,
+                            [&](long p, long panel, vec a, vec b) {
+                                const long c = panel * 2 * V;
+                                const float* y = gate_and_y + p * wide + C + c;
+                                float* out = x + at + p * C + c;
+                                if (bias_map) {
+                                    store(out, a + load(bias_map + at + p * C + c));
+                                    if (c + V < C) store(out + V, b + load(bias_map + at + p * C + c + V));
+                                } else {
+                                    store(out, a + load(y) + load(conv5_bias + c));
+                                    if (c + V < C) store(out + V, b + load(y + V) + load(conv5_bias + c + V));
+                                }
+                            });
+                }
+            }
+        }
+    }
+
+    static void down(const Shape& s, const float* x, const float* weight, const float* bias, float* out, int threads) {
+        const long C = s.channels, width = s.width / 2, pixels = s.height / 2 * width, stride = 4 * C + PAD;
+        const long chunk = chunk_for(pixels, s.samples, threads), chunks = (pixels + chunk - 1) / chunk;
+        // A panel of 4C inputs has to fit into the cache of a core beside the weights.
+        const long panel_pixels = C > 128 ? PANEL / 2 : PANEL;
+#pragma omp parallel num_threads(threads)
+        {
+            float* input = scratch(PANEL * stride);
+#pragma omp for schedule(dynamic, 1)
+            for (long task = 0; task < s.samples * chunks; ++task) {
+                const long sample = task / chunks, start = task % chunks * chunk;
+                const long stop = std::min(pixels, start + chunk);
+                for (long first = start; first < stop; first += panel_pixels) {
+                    const long n = std::min(panel_pixels, stop - first);
+                    for (long p = 0; p < n; ++p) {
+                        const long y = (first + p) / width, c = (first + p) % width;
+                        const float* from = x + ((sample * s.height + 2 * y) * s.width + 2 * c) * C;
+                        std::copy_n(from, 2 * C, input + p * stride);
+                        std::copy_n(from + s.width * C, 2 * C, input + p * stride + 2 * C);
+                    }
+                    float* to = out + (sample * pixels + first) * 2 * C;
+                    product(input, stride, n, 4 * C, weight, C / V, [&](long p, long panel, vec a, vec b) {
+                        float* at = to + p * 2 * C + panel * 2 * V;
+                        store(at, a + load(bias + panel * 2 * V));
+                        store(at + V, b + load(bias + panel * 2 * V + V));
+                    });
+                }
+            }
+        }
+    }
+
+    static void up(const Shape& s, const float* x, const float* weight, float* skip, int threads) {
+        const long C = s.channels, half = C / 2, pixels = s.height * s.width;
+        const long chunk = chunk_for(pixels, s.samples, threads), chunks = (pixels + chunk - 1) / chunk;
+#pragma omp parallel num_threads(threads)
+        {
+            float* input = scratch(PANEL * (C + PAD));
+#pragma omp for schedule(dynamic, 1)
+            for (long task = 0; task < s.samples * chunks; ++task) {
+                const long sample = task / chunks, start = task % chunks * chunk;
+                const long stop = std::min(pixels, start + chunk);
+                for (long first = start; first < stop; first += PANEL) {
+                    const long n = std::min(PANEL, stop - first);
+                    float* to[PANEL];
+                    for (long p = 0; p < n; ++p) {
+                        const long y = (first + p) / s.width, c = (first + p) % s.width;
+                        std::copy_n(x + (sample * pixels + first + p) * C, C, input + p * (C + PAD));
+                        to[p] = skip + ((sample * s.height + y) * 4 * s.width + 2 * c) * half;
+                    }
+                    product(input, C + PAD, n, C, weight, C / V, [&](long p, long panel, vec a, vec b) {
+                        for (long k = 0; k < 2; ++k) {
+                            const long j = panel * 2 * V + k * V, corner = j / half;  // corner = 2 row + column
+                            float* at = to[p] + (corner / 2 * 2 * s.width + corner % 2) * half + j % half;
+                            store(at, load(at) + (k ? b : a));
+                        }
+                    });
+                }
+            }
+        }
+    }
+
+    static void intro(const Shape& s, const float* picture, const float* weight, const float* addend, float* out,
+                      int threads) {
+        constexpr long K = 27, stride = 28;
+        const long C = s.channels, pixels = s.height * s.width, panels = (C + 2 * V - 1) / (2 * V);
+#pragma omp parallel num_threads(threads)
+        {
+            float* input = scratch(PANEL * stride);
+#pragma omp for schedule(static)
+            for (long row = 0; row < s.samples * s.height; ++row) {
+                const long sample = row / s.height, y = row % s.height;
+                for (long first = 0; first < s.width; first += PANEL) {
+                    const long n = std::min(PANEL, s.width - first), at = (row * s.width + first) * C;
+                    for (long dy = 0; dy < 3; ++dy)
+                        for (long colour = 0; colour < 3; ++colour) {
+                            const long from_y = y + dy - 1;
+                            const bool inside = from_y >= 0 && from_y < s.height;
+                            const float* from = picture + (sample * 3 + colour) * pixels + from_y * s.width;
+                            for (long p = 0; p < n; ++p)
+                                for (long dx = 0; dx < 3; ++dx) {
+                                    const long c = first + p + dx - 1;
+                                    const bool seen = inside && c >= 0 && c < s.width;
+                                    input[p * stride + (dy * 3 + dx) * 3 + colour] = seen ? from[c] : 0.0f;
+                                }
+                        }
+                    product(input, stride, n, K, weight, panels, [&](long p, long panel, vec a, vec b) {
+                        const long c = panel * 2 * V, i = at + p * C + c;
+                        store(out + i, a + load(addend + i));
+                        if (c + V < C) store(out + i + V, b + load(addend + i + V));
+                    });
+                }
+            }
+        }
+    }
+
+    static void ending(const Shape& s, const float* x, const float* weight, const float* bias, float* picture,
+                       int threads) {
+        const long C = s.channels, pixels = s.height * s.width;
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (long row = 0; row < s.samples * s.height; ++row) {
+            const long sample = row / s.height, y = row % s.height;
+            const float* map = x + sample * pixels * C;
+            for (long c = 0; c < s.width; ++c) {
+                vec sums[3] = {};
+                for (long dy = 0; dy < 3; ++dy) {
+                    const long from_y = y + dy - 1;
+                    if (from_y < 0 || from_y >= s.height) continue;
+                    // The pixels of a row lie side by side, and so do their weights: one run of up to 3C values.
+                    const long c0 = std::max(0L, c - 1), c1 = std::min(s.width, c + 2);
+                    const float* from = map + (from_y * s.width + c0) * C;
+                    const float* w = weight + (dy * 3 + c0 - c + 1) * C;
+                    for (long i = 0; i < (c1 - c0) * C; i += V) {
+                        const vec value = load(from + i);
+                        for (int k = 0; k < 3; ++k) sums[k] += value * load(w + k * 9 * C + i);
+                    }
+                }
+                for (int k = 0; k < 3; ++k)
+                    picture[(sample * 3 + k) * pixels + y * s.width + c] = sum(sums[k]) + bias[k];
+            }
+        }
+    }
+
+private:
+    static vec load(const float* from) { return *reinterpret_cast<const vec*>(from); }
+    static void store(float* to, vec value) { *reinterpret_cast<vec*>(to) = value; }
+
+    static float sum(vec value) {
+        float lane[V];
+        store(lane, value);
+        for (int width = V / 2; width; width /= 2)
+            for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+        return lane[0];
+    }
+
+    // One pixel: (LN(x) over its C channels) * scale + shift.
+    static void normalise(const float* x, float* to, long C, const float* scale, const float* shift) {
+        vec total = {};
+        for (long c = 0; c < C; c += V) total += load(x + c);
+        const float mean = sum(total) / float(C);
+        vec squares = {};
+        for (long c = 0; c < C; c += V) {
+            const vec centred = load(x + c) - mean;
+            squares += centred * centred;
+        }
+        const float inverse = 1 / std::sqrt(sum(squares) / float(C) + 1e-6f);
+        for (long c = 0; c < C; c += V)
+            store(to + c, (load(x + c) - mean) * inverse * load(scale + c) + load(shift + c));
+    }
+
+    // take(pixel, panel, first V outputs, next V outputs) for all n pixels of `input` (rows `stride` apart, readable up
+    // to a multiple of MR rows) and all panels of weights.
+    template <class Take>
+    static void product(const float* input, long stride, long n, long inputs, const float* weight, long panels,
+                        const Take& take) {
+        for (long panel = 0; panel < panels; ++panel, weight += inputs * 2 * V)
+            for (long first = 0; first < n; first += MR) {
+                const float* row[MR];
+                for (int r = 0; r < MR; ++r) row[r] = input + (first + r) * stride;
+                vec sums[MR][2] = {};
+                const float* w = weight;
+                for (long i = 0; i < inputs; ++i, w += 2 * V) {
+                    const vec w0 = load(w), w1 = load(w + V);
+#pragma GCC unroll 8
+                    for (int r = 0; r < MR; ++r) {
+                        sums[r][0] += row[r][i] * w0;
+                        sums[r][1] += row[r][i] * w1;
+                    }
+                }
+                const long m = std::min<long>(MR, n - first);
+                if (m == MR) {
+#pragma GCC unroll 8
+                    for (int r = 0; r < MR; ++r) take(first + r, panel, sums[r][0], sums[r][1]);
+                } else {
+#pragma GCC unroll 8
+                    for (int r = 0; r < MR; ++r)
+                        if (r < m) take(first + r, panel, sums[r][0], sums[r][1]);
+                }
+            }
+    }
+
+    // Depth-wise 3x3, gate and sums of one row of `columns` pixels. rows: those above, here and below, of which pixel 0
+    // is the left neighbour of the first column.
+    static void depthwise_row(const float* const* rows, long pixel, long C, long columns, const float* weight,
+                              const float* bias, float* gated, float* sums) {
+        constexpr long BLOCK = 4;  // vectors whose weights stay in the first cache
+        std::fill(sums, sums + C, 0.0f);
+        for (long first = 0; first < C / V; first += BLOCK)
+            for (long c = 0; c < columns;) {
+                const long last = std::min(C / V, first + BLOCK);
+                const bool four = c + 4 <= columns;
+                for (long q = first; q < last; ++q) {
+                    if (four)
+                        depthwise_columns<4>(rows, c, q, pixel, C, weight, bias, gated, sums);
+                    else
+                        depthwise_columns<1>(rows, c, q, pixel, C, weight, bias, gated, sums);
+                }
+                c += four ? 4 : 1;
+            }
+    }
+
+    template <int N>
+    static void depthwise_columns(const float* const* rows, long c, long q, long pixel, long C, const float* weight,
+                                  const float* bias, float* gated, float* sums) {
+        vec a[N], b[N];
+        for (int n = 0; n < N; ++n) a[n] = load(bias + q * 2 * V), b[n] = load(bias + q * 2 * V + V);
+        const float* w = weight + q * 9 * 2 * V;
+#pragma GCC unroll 3
+        for (int k = 0; k < 3; ++k, w += 3 * 2 * V) {
+            const float* from = rows[k] + c * pixel + q * 2 * V;
+#pragma GCC unroll 8
+            for (int j = 0; j < N + 2; ++j) {
+                const vec ta = load(from + j * pixel), tb = load(from + j * pixel + V);
+#pragma GCC unroll 4
+                for (int n = 0; n < N; ++n)
+                    if (j - n >= 0 && j - n < 3) {
+                        a[n] += ta * load(w + (j - n) * 2 * V);
+                        b[n] += tb * load(w + (j - n) * 2 * V + V);
+                    }
+            }
+        }
+        vec total = load(sums + q * V);
+        for (int n = 0; n < N; ++n) {
+            const vec product = a[n] * b[n];
+            store(gated + (c + n) * C + q * V, product);
+            total += product;
+        }
+        store(sums + q * V, total);
+    }
+
+    // Bands of rows: each costs two rows more of conv1, so not many.
+    static long bands_for(const Shape& s, long strips, int threads) {
+        const long wanted = (threads + s.samples * strips - 1) / (s.samples * strips);
+        return std::max(1L, std::min(s.height, s.height >= 64 * wanted ? 2 * wanted : wanted));
+    }
+
+    // Pixels of a work item: whole tiles, about equally many for all threads.
+    static long chunk_for(long pixels, long samples, int threads) {
+        const long parts = (threads + samples - 1) / samples;
+        const long rounds = (pixels + parts * 4 * PANEL - 1) / (parts * 4 * PANEL);
+        const long each = (pixels + parts * rounds - 1) / (parts * rounds);
+        return (each + MR - 1) / MR * MR;
+    }
+};

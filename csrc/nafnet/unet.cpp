@@ -1,0 +1,133 @@
+#include "unet.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace nafnet {
+namespace {
+
+struct Free {
+    void operator()(float* pointer) const { std::free(pointer); }
+};
+
+// Memory that stays from call to call, on a cache line.
+class Workspace {
+public:
+    float* take(long floats) {
+        if (floats > size_) {
+            memory_.reset();
+            size_ = 0;
+            memory_.reset(static_cast<float*>(std::aligned_alloc(64, size_t(floats + 15) / 16 * 64)));
+            if (!memory_) throw std::bad_alloc();
+            size_ = floats;
+        }
+        return memory_.get();
+    }
+
+private:
+    std::unique_ptr<float[], Free> memory_;
+    long size_ = 0;
+};
+
+float* scratch(long floats) {  // of this thread
+    static thread_local Workspace workspace;
+    return workspace.take(floats);
+}
+
+float* shared(long floats) {  // of all threads of a call
+    static thread_local Workspace workspace;
+    return workspace.take(floats);
+}
+
+namespace portable {
+#include "engine.h"
+}
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#include "engine.h"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")
+namespace avx512 {
+#include "engine.h"
+}
+#pragma GCC pop_options
+#endif
+
+// Calls `part` of the engine for an instruction set.
+#if defined(__x86_64__)
+#define DISPATCH(part, ...)                                                      \
+    if (isa == Isa::avx512) return avx512::Engine<16, 8>::part(__VA_ARGS__);     \
+    if (isa == Isa::avx2) return avx2::Engine<8, 6>::part(__VA_ARGS__);          \
+    return portable::Engine<4, 4>::part(__VA_ARGS__)
+#else
+#define DISPATCH(part, ...) return portable::Engine<4, 8>::part(__VA_ARGS__)  // 32 registers of four floats
+#endif
+
+}  // namespace
+
+bool supports(Isa isa) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return isa == Isa::portable;
+}
+
+Isa best_isa() {
+    for (Isa isa : {Isa::avx512, Isa::avx2})
+        if (supports(isa)) return isa;
+    return Isa::portable;
+}
+
+int lanes(Isa isa) { return isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4; }
+
+long strip_width(const Shape& shape) {
+    // Three rows of conv1's output, 2C channels each, stay in half a megabyte of cache.
+    const long fits = std::max(64L, (384L << 10) / (3 * 2 * shape.channels * long(sizeof(float))));
+    const long strips = (shape.width + fits - 1) / fits;
+    return (shape.width + strips - 1) / strips;
+}
+
+void spread(Isa isa, const Shape& shape, const float* x, Rows scale, Rows shift, const float* conv1,
+            const float* conv1_bias, const float* depthwise, const float* depthwise_bias, float* gated, float* sums,
+            int threads) {
+    DISPATCH(spread, shape, x, scale, shift, conv1, conv1_bias, depthwise, depthwise_bias, gated, sums, threads);
+}
+
+void merge(Isa isa, const Shape& shape, float* x, const float* gated, const float* attention, const float* conv3,
+           const float* conv3_bias, Rows scale, Rows shift, const float* conv4, const float* conv4_bias,
+           const float* conv5, const float* conv5_bias, const float* bias_map, int threads) {
+    DISPATCH(merge, shape, x, gated, attention, conv3, conv3_bias, scale, shift, conv4, conv4_bias, conv5, conv5_bias,
+             bias_map, threads);
+}
+
+void down(Isa isa, const Shape& shape, const float* x, const float* weight, const float* bias, float* out,
+          int threads) {
+    DISPATCH(down, shape, x, weight, bias, out, threads);
+}
+
+void up(Isa isa, const Shape& shape, const float* x, const float* weight, float* skip, int threads) {
+    DISPATCH(up, shape, x, weight, skip, threads);
+}
+
+void intro(Isa isa, const Shape& shape, const float* picture, const float* weight, const float* addend, float* out,
+           int threads) {
+    DISPATCH(intro, shape, picture, weight, addend, out, threads);
+}
+
+void ending(Isa isa, const Shape& shape, const float* x, const float* weight, const float* bias, float* picture,
+            int threads) {
+    DISPATCH(ending, shape, x, weight, bias, picture, threads);
+}
+
+}  // namespace nafnet

@@ -1,0 +1,61 @@
+// The U-Net of NAFNet's blocks with AdaLN on a CPU, in float32: the parts that dtpm_fast/runtime/cpu_unet.py strings
+// together. Maps are [samples][height][width][channels], contiguous; a 1x1 convolution is a matrix product.
+//
+// Weights come packed for the instruction set: [outputs / 2V][inputs][2V], V = lanes() floats of one vector, outputs
+// padded with zeros. Where a SimpleGate follows, the 2V outputs of a panel are V of the first half and their V partners
+// of the second half, so that the gate is a product of two registers.
+//
+// No result depends on the number of threads: every value is summed in one fixed order.
+#pragma once
+
+namespace nafnet {
+
+enum class Isa { portable, avx2, avx512 };
+
+bool supports(Isa isa);
+Isa best_isa();
+int lanes(Isa isa);
+
+struct Shape {
+    long samples, height, width, channels;
+};
+
+// One row for the whole batch (stride 0), or one for every sample.
+struct Rows {
+    const float* data;
+    long stride;
+    const float* of(long sample) const { return data + sample * stride; }
+};
+
+// Columns of the map that one work item of `spread` takes, and so the number of partial sums of a row.
+long strip_width(const Shape& shape);
+
+// gated = SimpleGate(depthwise3x3(conv1(LN(x) * scale + shift))), and its sums over the pixels of each row and strip:
+// sums[sample][row][strip][channel].
+void spread(Isa isa, const Shape& shape, const float* x, Rows scale, Rows shift, const float* conv1,
+            const float* conv1_bias, const float* depthwise, const float* depthwise_bias, float* gated, float* sums,
+            int threads);
+
+// y = x + conv3(attention * gated) and, over x,
+//     M y + conv5(SimpleGate(conv4(LN(y) * scale + shift))) + bias_map     with an adapter: conv5 = [M conv5, M], 2C inputs
+//     y + conv5(...) + conv5_bias                                          without: bias_map is null
+void merge(Isa isa, const Shape& shape, float* x, const float* gated, const float* attention, const float* conv3,
+           const float* conv3_bias, Rows scale, Rows shift, const float* conv4, const float* conv4_bias,
+           const float* conv5, const float* conv5_bias, const float* bias_map, int threads);
+
+// 2x2 convolution with stride 2 to twice the channels; inputs are ordered (row, column, channel).
+void down(Isa isa, const Shape& shape, const float* x, const float* weight, const float* bias, float* out, int threads);
+
+// 1x1 convolution to twice the channels, PixelShuffle(2), added to the skip; outputs are ordered (row, column, channel).
+void up(Isa isa, const Shape& shape, const float* x, const float* weight, float* skip, int threads);
+
+// 3x3 convolution of [samples][3][height][width] to `shape`, over out, which it is added to; 27 inputs, ordered (row,
+// column, channel).
+void intro(Isa isa, const Shape& shape, const float* picture, const float* weight, const float* addend, float* out,
+           int threads);
+
+// 3x3 convolution to [samples][3][height][width]; weight[output][row][column][channel].
+void ending(Isa isa, const Shape& shape, const float* x, const float* weight, const float* bias, float* picture,
+            int threads);
+
+}  // namespace nafnet

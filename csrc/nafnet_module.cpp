@@ -1,0 +1,173 @@
+// dtpm_fast._nafnet: the U-Net's parts over numpy arrays, float32 and contiguous. dtpm_fast/runtime/cpu_unet.py packs
+// the weights and strings the parts together.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "nafnet/unet.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Array = py::array_t<float, py::array::c_style>;
+
+nafnet::Isa isa_named(const std::string& name) {
+    const nafnet::Isa isa = name == "avx512"     ? nafnet::Isa::avx512
+                            : name == "avx2"     ? nafnet::Isa::avx2
+                            : name == "portable" ? nafnet::Isa::portable
+                                                 : throw std::invalid_argument("unknown instruction set " + name);
+    if (!nafnet::supports(isa)) throw std::runtime_error("this CPU has no " + name);
+    return isa;
+}
+
+long up_to(long value, long multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Every size is checked: what is beyond an array is never read.
+const float* sized(const Array& array, long size, const char* what) {
+    if (array.size() != size)
+        throw std::invalid_argument(std::string(what) + ": expected " + std::to_string(size) + " values, got " +
+                                    std::to_string(array.size()));
+    return array.data();
+}
+
+float* sized(Array& array, long size, const char* what) {
+    sized(static_cast<const Array&>(array), size, what);
+    return array.mutable_data();
+}
+
+// The shape of a map [samples, height, width, channels] whose channels fill vectors.
+nafnet::Shape shape_of(const Array& map, nafnet::Isa isa) {
+    if (map.ndim() != 4 || map.size() == 0) throw std::invalid_argument("a map has 4 dimensions and is not empty");
+    if (map.shape(3) % nafnet::lanes(isa))
+        throw std::invalid_argument("channels: " + std::to_string(map.shape(3)) + " is no multiple of " +
+                                    std::to_string(nafnet::lanes(isa)));
+    return {long(map.shape(0)), long(map.shape(1)), long(map.shape(2)), long(map.shape(3))};
+}
+
+nafnet::Rows rows_of(const Array& rows, const nafnet::Shape& s, const char* what) {
+    if (rows.size() == s.channels) return {rows.data(), 0};
+    return {sized(rows, s.samples * s.channels, what), s.channels};
+}
+
+int checked(int threads) { return threads > 0 ? threads : throw std::invalid_argument("threads: must be positive"); }
+
+void spread(const Array& x, const Array& scale, const Array& shift, const Array& conv1, const Array& conv1_bias,
+            const Array& depthwise, const Array& depthwise_bias, Array gated, Array sums, int threads,
+            const std::string& name) {
+    const nafnet::Isa isa = isa_named(name);
+    const nafnet::Shape s = shape_of(x, isa);
+    const long c = s.channels, pixels = s.samples * s.height * s.width, strip = nafnet::strip_width(s);
+    const nafnet::Rows scales = rows_of(scale, s, "scale"), shifts = rows_of(shift, s, "shift");
+    const float* w1 = sized(conv1, 2 * c * c, "conv1");
+    const float* b1 = sized(conv1_bias, 2 * c, "conv1_bias");
+    const float* w2 = sized(depthwise, 18 * c, "depthwise");
+    const float* b2 = sized(depthwise_bias, 2 * c, "depthwise_bias");
+    float* out = sized(gated, pixels * c, "gated");
+    float* partial = sized(sums, s.samples * s.height * ((s.width + strip - 1) / strip) * c, "sums");
+    const py::gil_scoped_release unlocked;
+    nafnet::spread(isa, s, x.data(), scales, shifts, w1, b1, w2, b2, out, partial, checked(threads));
+}
+
+void merge(Array x, const Array& gated, const Array& attention, const Array& conv3, const Array& conv3_bias,
+           const Array& scale, const Array& shift, const Array& conv4, const Array& conv4_bias, const Array& conv5,
+           const std::optional<Array>& conv5_bias, const std::optional<Array>& bias_map, int threads,
+           const std::string& name) {
+    const nafnet::Isa isa = isa_named(name);
+    const nafnet::Shape s = shape_of(x, isa);
+    const long c = s.channels, size = s.samples * s.height * s.width * c, wide = up_to(c, 2 * nafnet::lanes(isa));
+    if (conv5_bias.has_value() == bias_map.has_value())
+        throw std::invalid_argument("either conv5_bias or bias_map, and not both");
+    const float* map = bias_map ? sized(*bias_map, size, "bias_map") : nullptr;
+    const float* b5 = conv5_bias ? sized(*conv5_bias, c, "conv5_bias") : nullptr;
+    const nafnet::Rows scales = rows_of(scale, s, "scale"), shifts = rows_of(shift, s, "shift");
+    const float* from = sized(gated, size, "gated");
+    const float* by = sized(attention, s.samples * c, "attention");
+    const float* w3 = sized(conv3, wide * c, "conv3");
+    const float* b3 = sized(conv3_bias, c, "conv3_bias");
+    const float* w4 = sized(conv4, 2 * c * c, "conv4");
+    const float* b4 = sized(conv4_bias, 2 * c, "conv4_bias");
+    const float* w5 = sized(conv5, wide * c * (map ? 2 : 1), "conv5");
+    float* to = x.mutable_data();
+    const py::gil_scoped_release unlocked;
+    nafnet::merge(isa, s, to, from, by, w3, b3, scales, shifts, w4, b4, w5, b5, map, checked(threads));
+}
+
+void down(const Array& x, const Array& weight, const Array& bias, Array out, int threads, const std::string& name) {
+    const nafnet::Isa isa = isa_named(name);
+    const nafnet::Shape s = shape_of(x, isa);
+    if (s.height % 2 || s.width % 2) throw std::invalid_argument("down: height and width must be even");
+    const float* w = sized(weight, 8 * s.channels * s.channels, "weight");
+    const float* b = sized(bias, 2 * s.channels, "bias");
+    float* to = sized(out, s.samples * s.height * s.width * s.channels / 2, "out");
+    const py::gil_scoped_release unlocked;
+    nafnet::down(isa, s, x.data(), w, b, to, checked(threads));
+}
+
+void up(const Array& x, const Array& weight, Array skip, int threads, const std::string& name) {
+    const nafnet::Isa isa = isa_named(name);
+    const nafnet::Shape s = shape_of(x, isa);
+    if (s.channels % (2 * nafnet::lanes(isa))) throw std::invalid_argument("up: half the channels must fill vectors");
+    const float* w = sized(weight, 2 * s.channels * s.channels, "weight");
+    float* to = sized(skip, s.samples * s.height * s.width * s.channels * 2, "skip");
+    const py::gil_scoped_release unlocked;
+    nafnet::up(isa, s, x.data(), w, to, checked(threads));
+}
+
+void intro(const Array& picture, const Array& weight, const Array& addend, Array out, int threads,
+           const std::string& name) {
+    const nafnet::Isa isa = isa_named(name);
+    const nafnet::Shape s = shape_of(out, isa);
+    const float* from = sized(picture, s.samples * 3 * s.height * s.width, "picture");
+    const float* w = sized(weight, 27 * up_to(s.channels, 2 * nafnet::lanes(isa)), "weight");
+    const float* add = sized(addend, s.samples * s.height * s.width * s.channels, "addend");
+    float* to = out.mutable_data();
+    const py::gil_scoped_release unlocked;
+    nafnet::intro(isa, s, from, w, add, to, checked(threads));
+}
+
+void ending(const Array& x, const Array& weight, const Array& bias, Array picture, int threads,
+            const std::string& name) {
+    const nafnet::Isa isa = isa_named(name);
+    const nafnet::Shape s = shape_of(x, isa);
+    const float* w = sized(weight, 27 * s.channels, "weight");
+    const float* b = sized(bias, 3, "bias");
+    float* to = sized(picture, s.samples * 3 * s.height * s.width, "picture");
+    const py::gil_scoped_release unlocked;
+    nafnet::ending(isa, s, x.data(), w, b, to, checked(threads));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_nafnet, module) {
+    // Outputs are written in place, so no argument may be converted: a wrong dtype or layout is a TypeError.
+    const auto given = [](const char* name) { return py::arg(name).noconvert(); };
+    module.def("spread", &spread, given("x"), given("scale"), given("shift"), given("conv1"), given("conv1_bias"),
+               given("depthwise"), given("depthwise_bias"), given("gated"), given("sums"), py::arg("threads"),
+               py::arg("isa"));
+    module.def("merge", &merge, given("x"), given("gated"), given("attention"), given("conv3"), given("conv3_bias"),
+               given("scale"), given("shift"), given("conv4"), given("conv4_bias"), given("conv5"),
+               given("conv5_bias"), given("bias_map"), py::arg("threads"), py::arg("isa"));
+    module.def("down", &down, given("x"), given("weight"), given("bias"), given("out"), py::arg("threads"),
+               py::arg("isa"));
+    module.def("up", &up, given("x"), given("weight"), given("skip"), py::arg("threads"), py::arg("isa"));
+    module.def("intro", &intro, given("picture"), given("weight"), given("addend"), given("out"), py::arg("threads"),
+               py::arg("isa"));
+    module.def("ending", &ending, given("x"), given("weight"), given("bias"), given("picture"), py::arg("threads"),
+               py::arg("isa"));
+    module.def("strip_width", [](long height, long width, long channels) {
+        return nafnet::strip_width({1, height, width, channels});
+    });
+    module.def("instruction_sets", [] {  // the best first, each with its lanes
+        std::vector<std::pair<std::string, int>> found;
+        for (const auto& [name, isa] : {std::pair{"avx512", nafnet::Isa::avx512}, {"avx2", nafnet::Isa::avx2},
+                                        {"portable", nafnet::Isa::portable}})
+            if (nafnet::supports(isa)) found.emplace_back(name, nafnet::lanes(isa));
+        return found;
+    });
+}

@@ -1,0 +1,147 @@
+"""The folded U-Net on a CPU in float32, through the compiled module `dtpm_fast._nafnet` (csrc/nafnet).
+
+A block is two passes over its map, split where channel attention needs the mean of the whole picture. What the parts
+compute, how weights are packed and what is fused is said in csrc/nafnet/unet.h; the folding is FoldedUNet's own.
+"""
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtpm_fast.model.block import Block
+from dtpm_fast.model.unet import UNet
+from dtpm_fast.runtime.unet import FoldedBlock, FoldedUNet, Mean, MergedAdapter, own_mean
+
+if TYPE_CHECKING:
+    import dtpm_fast._nafnet as _nafnet
+else:
+    try:  # built where the compiler has OpenMP; without it the blocks run through PyTorch
+        import dtpm_fast._nafnet as _nafnet
+    except ImportError:
+        _nafnet = None
+
+
+def instruction_set(*widths: int) -> str | None:
+    """The best instruction set whose vectors these channels fill: "avx512", "avx2" or "portable"; None where there is
+    none, or no compiled module."""
+    sets = _nafnet.instruction_sets() if _nafnet is not None else []
+    return next((name for name, lanes in sets if all(width % lanes == 0 for width in widths)), None)
+
+
+class CpuBlock(nn.Module):
+    """Figure 4's block, and the linear half of the adapter behind it."""
+
+    conv1: Tensor
+    conv1_bias: Tensor
+    depthwise: Tensor
+    depthwise_bias: Tensor
+    conv3: Tensor
+    conv3_bias: Tensor
+    conv4: Tensor
+    conv4_bias: Tensor
+    conv5: Tensor
+    conv5_bias: Tensor
+    attention: Tensor
+    attention_bias: Tensor
+    matrix: Tensor | None
+
+    def __init__(self, block: Block, adapter: MergedAdapter | None, isa: str) -> None:
+        super().__init__()
+        self.isa, lanes = isa, _lanes(isa)
+        folded = FoldedBlock(block, adapter, torch.float32)
+        self.residual_bias = folded.residual_bias
+        # The adapter's matrix stands beside conv5: one product takes the gated map and y together.
+        conv5 = folded.w5 if folded.matrix is None else torch.cat([folded.w5, folded.matrix], dim=1)
+        values = {
+            "conv1": _pack_gated(folded.w1.flatten(1), lanes), "conv1_bias": _pack_gated(folded.b1[:, None], lanes),
+            "depthwise": _pack_gated(folded.w2.flatten(1), lanes), "depthwise_bias": _pack_gated(folded.b2[:, None], lanes),
+            "conv3": _pack(folded.w3, lanes), "conv3_bias": folded.b3,
+            "conv4": _pack_gated(folded.w4.flatten(1), lanes), "conv4_bias": _pack_gated(folded.b4[:, None], lanes),
+            "conv5": _pack(conv5, lanes), "conv5_bias": folded.b5,
+            "attention": folded.w_sca, "attention_bias": folded.b_sca,
+        }  # fmt: skip
+        for name, value in values.items():
+            self.register_buffer(name, value)
+        self.register_buffer("matrix", folded.matrix)
+
+    def forward(
+        self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], bias_map: Tensor | None, number: int, mean: Mean
+    ) -> Tensor:
+        """x, bias_map: (B, h, w, C), x is written over; rows: shift1, 1 + scale1, shift2, 1 + scale2, each (B or 1, C)."""
+        shift1, scale1, shift2, scale2 = (row.contiguous().numpy() for row in rows)
+        b, height, width, channels = x.shape
+        strips = -(-width // _nafnet.strip_width(height, width, channels))
+        gated, sums = torch.empty_like(x), x.new_empty(b, height * strips, channels)
+        how = {"threads": torch.get_num_threads(), "isa": self.isa}
+        _nafnet.spread(
+            x.numpy(), scale1, shift1, self.conv1.numpy(), self.conv1_bias.numpy(),
+            self.depthwise.numpy(), self.depthwise_bias.numpy(), gated.numpy(), sums.numpy(), **how,
+        )  # fmt: skip
+        if mean is own_mean:  # the map was summed while it was made
+            average = (sums.sum(dim=1, dtype=torch.float64) / (height * width)).float()[:, None]
+        else:
+            average = mean(number, gated)
+        attention = F.linear(average, self.attention, self.attention_bias)
+        adapted = bias_map is not None and self.matrix is not None
+        _nafnet.merge(
+            x.numpy(), gated.numpy(), attention.numpy(), self.conv3.numpy(), self.conv3_bias.numpy(), scale2, shift2,
+            self.conv4.numpy(), self.conv4_bias.numpy(), self.conv5.numpy(), None if adapted else self.conv5_bias.numpy(),
+            cast(Tensor, bias_map).numpy() if adapted else None, **how,
+        )  # fmt: skip
+        return x
+
+
+class CpuUNet(FoldedUNet):
+    """`FoldedUNet` with the compiled parts. Its channels have to fill vectors (`instruction_set`)."""
+
+    def __init__(self, unet: UNet, adapters: dict[str, MergedAdapter], isa: str) -> None:
+        super().__init__(unet, adapters, torch.float32, lambda block, adapter, _: CpuBlock(block, adapter, isa))
+        self.isa, lanes = isa, _lanes(isa)
+        for name, weight in list(self.named_buffers(recurse=False)):
+            if name.startswith("down") and name.endswith("_weight"):  # outputs by (row, column, channel)
+                self.register_buffer(name, _pack(weight.permute(0, 2, 3, 1).flatten(1), lanes))
+            elif name.startswith("up"):
+                self.register_buffer(name, _pack(weight, lanes))
+        self.register_buffer("ending_weight", self.ending_weight.permute(0, 2, 3, 1).contiguous())
+
+    def _down(self, h: Tensor, i: int) -> Tensor:
+        b, height, width, c = h.shape
+        out = h.new_empty(b, height // 2, width // 2, 2 * c)
+        weight, bias = getattr(self, f"down{i}_weight"), getattr(self, f"down{i}_bias")
+        _nafnet.down(
+            h.numpy(), weight.numpy(), bias.numpy(), out.numpy(), threads=torch.get_num_threads(), isa=self.isa
+        )
+        return out
+
+    def _up(self, h: Tensor, i: int, skip: Tensor) -> Tensor:
+        """The skip, written over."""
+        weight = getattr(self, f"up{i}")
+        _nafnet.up(h.numpy(), weight.numpy(), skip.numpy(), threads=torch.get_num_threads(), isa=self.isa)
+        return skip
+
+    def _ending(self, h: Tensor) -> Tensor:
+        b, height, width, _ = h.shape
+        out = h.new_empty(b, 3, height, width)
+        weight, bias = self.ending_weight.numpy(), self.ending_bias.numpy()
+        _nafnet.ending(h.numpy(), weight, bias, out.numpy(), threads=torch.get_num_threads(), isa=self.isa)
+        return out
+
+
+def _lanes(isa: str) -> int:
+    return dict(_nafnet.instruction_sets())[isa]
+
+
+def _pack(weight: Tensor, lanes: int) -> Tensor:
+    """(outputs, inputs) to (panels, inputs, 2 lanes), outputs padded with zeros."""
+    outputs, inputs = weight.shape
+    padded = F.pad(weight, (0, 0, 0, -outputs % (2 * lanes)))
+    return padded.view(-1, 2 * lanes, inputs).transpose(1, 2).contiguous()
+
+
+def _pack_gated(weight: Tensor, lanes: int) -> Tensor:
+    """(2C, inputs) to (panels, inputs, 2 lanes), a panel's outputs being `lanes` of the first half and their partners
+    of the second."""
+    outputs, inputs = weight.shape
+    return weight.view(2, outputs // 2 // lanes, lanes, inputs).permute(1, 3, 0, 2).flatten(2).contiguous()
