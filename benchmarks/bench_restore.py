@@ -44,12 +44,15 @@ from dtpm_fast.errors import UserError
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.runtime.backends import choose_backend
 from dtpm_fast.runtime.noise import noise_fields
+from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.reference import Reference
 from dtpm_fast.runtime.sampler import make_steps
 from dtpm_fast.weights_file import load_model, read_weights, save_weights
 
 PLAIN = "plain NCHW"
-CPU_ROWS = [PLAIN, "reference", "fused float32", "fused bfloat16", "compiled float32", "compiled bfloat16"]
+CPU_ROWS = [
+    PLAIN, "reference", "folded float32", "fused float32", "fused bfloat16", "compiled float32", "compiled bfloat16",
+]  # fmt: skip
 CUDA_ROWS = [
     PLAIN, "eager bfloat16", "reduce-overhead bfloat16", "compiled bfloat16", "fused bfloat16", "graph bfloat16",
 ]  # fmt: skip
@@ -163,6 +166,9 @@ def _row(name: str, model: DTPM, config: Config, steps: int, device: torch.devic
     table = make_steps(config, steps)
     if kind in ("eager", "reduce-overhead"):
         return _eager(Reference(model, table), getattr(torch, precision), device, kind == "reduce-overhead")
+    if kind == "folded":  # the plan in PyTorch's operators, what `fused` is without the compiled blocks
+        folded = Plan(model, table, getattr(torch, precision))
+        return lambda y_d, noise: folded.restore(y_d.contiguous(memory_format=torch.channels_last), noise)
     stepper, _ = choose_backend(kind, model, table, device, precision or "auto")
     return lambda y_d, noise: stepper.restore(y_d.contiguous(memory_format=torch.channels_last), noise)
 

@@ -20,6 +20,8 @@ def read_image(path: Path | str) -> np.ndarray:
         with Image.open(path) as image:
             image.load()
             return to_rgb8(image)
+    except MemoryError as error:
+        raise UserError(f"{path}: not enough memory to read it") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{path}: no such file") from error

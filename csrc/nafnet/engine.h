@@ -108,8 +108,9 @@ public:
                                 const long c = panel * 2 * V;
                                 const float* before = x + at + p * C + c;
                                 float* y = gate_and_y + p * wide + C + c;
-                                store(y, a + load(before) + load(conv3_bias + c));
-                                if (c + V < C) store(y + V, b + load(before + V) + load(conv3_bias + c + V));
+                                // x last: one rounding of x's size.
+                                store(y, a + load(conv3_bias + c) + load(before));
+                                if (c + V < C) store(y + V, b + load(conv3_bias + c + V) + load(before + V));
                             });
                     for (long p = 0; p < n; ++p)
                         normalise(gate_and_y + p * wide + C, normal + p * (C + PAD), C, scale.of(sample),
@@ -122,14 +123,10 @@ public:
                             [&](long p, long panel, vec a, vec b) {
                                 const long c = panel * 2 * V;
                                 const float* y = gate_and_y + p * wide + C + c;
+                                const float* bias = bias_map ? bias_map + at + p * C + c : conv5_bias + c;
                                 float* out = x + at + p * C + c;
-                                if (bias_map) {
-                                    store(out, a + load(bias_map + at + p * C + c));
-                                    if (c + V < C) store(out + V, b + load(bias_map + at + p * C + c + V));
-                                } else {
-                                    store(out, a + load(y) + load(conv5_bias + c));
-                                    if (c + V < C) store(out + V, b + load(y + V) + load(conv5_bias + c + V));
-                                }
+                                store(out, a + load(bias) + load(y));
+                                if (c + V < C) store(out + V, b + load(bias + V) + load(y + V));
                             });
                 }
             }

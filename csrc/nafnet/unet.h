@@ -37,8 +37,8 @@ void spread(Isa isa, const Shape& shape, const float* x, Rows scale, Rows shift,
             int threads);
 
 // y = x + conv3(attention * gated) and, over x,
-//     M y + conv5(SimpleGate(conv4(LN(y) * scale + shift))) + bias_map     with an adapter: conv5 = [M conv5, M], 2C inputs
-//     y + conv5(...) + conv5_bias                                          without: bias_map is null
+//     y + conv5(SimpleGate(conv4(LN(y) * scale + shift))) + conv5_bias             without an adapter: bias_map is null
+//     y + conv5(..., y) + bias_map            with one: conv5 = [M conv5, M - I] has 2C inputs, M is the merged adapter
 void merge(Isa isa, const Shape& shape, float* x, const float* gated, const float* attention, const float* conv3,
            const float* conv3_bias, Rows scale, Rows shift, const float* conv4, const float* conv4_bias,
            const float* conv5, const float* conv5_bias, const float* bias_map, int threads);

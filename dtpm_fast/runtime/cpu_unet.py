@@ -52,11 +52,16 @@ class CpuBlock(nn.Module):
         self.isa, lanes = isa, _lanes(isa)
         folded = FoldedBlock(block, adapter, torch.float32)
         self.residual_bias = folded.residual_bias
-        # The adapter's matrix stands beside conv5: one product takes the gated map and y together.
-        conv5 = folded.w5 if folded.matrix is None else torch.cat([folded.w5, folded.matrix], dim=1)
+        conv5 = folded.w5
+        if adapter is not None:
+            # The adapter's matrix stands beside conv5, so that one product takes the gated map and y together; without
+            # its identity, so that y is added as exactly as in the plain block.
+            identity = torch.eye(len(conv5), dtype=torch.float64, device=conv5.device)
+            conv5 = torch.cat([conv5, (adapter.matrix - identity).float()], dim=1)
         values = {
             "conv1": _pack_gated(folded.w1.flatten(1), lanes), "conv1_bias": _pack_gated(folded.b1[:, None], lanes),
-            "depthwise": _pack_gated(folded.w2.flatten(1), lanes), "depthwise_bias": _pack_gated(folded.b2[:, None], lanes),
+            "depthwise": _pack_gated(folded.w2.flatten(1), lanes),
+            "depthwise_bias": _pack_gated(folded.b2[:, None], lanes),
             "conv3": _pack(folded.w3, lanes), "conv3_bias": folded.b3,
             "conv4": _pack_gated(folded.w4.flatten(1), lanes), "conv4_bias": _pack_gated(folded.b4[:, None], lanes),
             "conv5": _pack(conv5, lanes), "conv5_bias": folded.b5,
@@ -69,7 +74,8 @@ class CpuBlock(nn.Module):
     def forward(
         self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], bias_map: Tensor | None, number: int, mean: Mean
     ) -> Tensor:
-        """x, bias_map: (B, h, w, C), x is written over; rows: shift1, 1 + scale1, shift2, 1 + scale2, each (B or 1, C)."""
+        """x, bias_map: (B, h, w, C); rows: shift1, 1 + scale1, shift2, 1 + scale2, each (B or 1, C). Returns x, which
+        is written over."""
         shift1, scale1, shift2, scale2 = (row.contiguous().numpy() for row in rows)
         b, height, width, channels = x.shape
         strips = -(-width // _nafnet.strip_width(height, width, channels))
@@ -87,7 +93,8 @@ class CpuBlock(nn.Module):
         adapted = bias_map is not None and self.matrix is not None
         _nafnet.merge(
             x.numpy(), gated.numpy(), attention.numpy(), self.conv3.numpy(), self.conv3_bias.numpy(), scale2, shift2,
-            self.conv4.numpy(), self.conv4_bias.numpy(), self.conv5.numpy(), None if adapted else self.conv5_bias.numpy(),
+            self.conv4.numpy(), self.conv4_bias.numpy(), self.conv5.numpy(),
+            None if adapted else self.conv5_bias.numpy(),
             cast(Tensor, bias_map).numpy() if adapted else None, **how,
         )  # fmt: skip
         return x

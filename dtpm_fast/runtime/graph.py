@@ -58,9 +58,9 @@ class Graph:
         """Bit-equal to `plan.restore`."""
         shape = tuple(y_d.shape)
         if shape not in self.graphs:
-            while len(self.graphs) >= self.capacity:
-                self.graphs.popitem(last=False)
             self.graphs[shape] = self._capture(y_d, noise)
+            while len(self.graphs) > self.capacity:  # after the capture: the pool dies with the last graph that uses it
+                self.graphs.popitem(last=False)
         self.graphs.move_to_end(shape)
         captured = self.graphs[shape]
         captured.y_d.copy_(y_d)
@@ -79,7 +79,8 @@ class Graph:
                 restored = self.plan.restore(y_d, noise)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # "thread_local": what other threads of the program do on the device meanwhile is their own affair.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             restored.copy_(self.plan.restore(y_d, noise))
         torch.cuda.synchronize(self.device)
         return Captured(graph, y_d, noise, restored, torch.cuda.memory_reserved(self.device) - before)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from dtpm_fast.config import ModelConfig
+from dtpm_fast.errors import UserError
 from dtpm_fast.runtime.tiling import OVERLAP
 
 # Maps of C channels at full size that live at once at the worst moment of a plan's step, bias maps of all levels
@@ -20,18 +21,38 @@ def needed(config: ModelConfig, pixels: int, dtype: torch.dtype) -> int:
     return pixels * (MAPS * config.width * dtype.itemsize + 12 * torch.float32.itemsize)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free()
+
+
 def budget(device: torch.device) -> int:
     """Bytes that a picture may take: half of what is free, and on a CPU never more than 2 GiB."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return min(_free() // 2, CPU_BUDGET)
+    half = free_memory(device) // 2
+    return half if device.type == "cuda" else min(half, CPU_BUDGET)
+
+
+def check_fits(batch: int, height: int, width: int, device: torch.device) -> None:
+    """Raise `UserError` where not even the pictures that a restoration holds whole fit into the free memory: a system
+    that promises more than it has would kill the process instead."""
+    least, free = whole(batch, height, width), free_memory(device)
+    if least > free:
+        raise UserError(
+            f"a picture of {width}x{height} pixels: not enough memory; it takes {least / 2**30:.1f} GiB in the "
+            f"smallest tiles, and {free / 2**30:.1f} GiB are free; make it smaller or cut it"
+        )
+
+
+def whole(batch: int, height: int, width: int) -> int:
+    """Bytes that stay whole however small the tiles: x, x0, y_d, y_eps and the blended map, in float32."""
+    return 5 * 12 * batch * height * width
 
 
 def choose_tile(config: ModelConfig, batch: int, height: int, width: int, dtype: torch.dtype, free: int) -> int | None:
     """The core of the largest tiles that fit into `free` bytes; None where the whole picture fits."""
     if needed(config, batch * height * width, dtype) <= free:
         return None
-    pictures = 5 * 12 * batch * height * width  # x, x0, y_d, y_eps and the blended map stay whole, in float32
+    pictures = whole(batch, height, width)
     for core in TILES:
         if needed(config, batch * (core + 2 * OVERLAP) ** 2, dtype) + pictures <= free:
             return core

@@ -162,9 +162,7 @@ class Plan:
     Raises `UserError` for a model of stage I and for gated adapters.
     """
 
-    def __init__(
-        self, model: DTPM, steps: Steps, dtype: torch.dtype = torch.float32, form: Form = "folded"
-    ) -> None:
+    def __init__(self, model: DTPM, steps: Steps, dtype: torch.dtype = torch.float32, form: Form = "folded") -> None:
         if model.stage != 2:
             raise UserError(
                 f"the plan restores pictures and needs a model of stage 2, this one is of stage {model.stage}"

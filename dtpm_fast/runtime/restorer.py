@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dtpm_fast.errors import UserError
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.runtime.backends import choose_backend
 from dtpm_fast.runtime.graph import Graph
-from dtpm_fast.runtime.memory import budget, choose_tile
+from dtpm_fast.runtime.memory import budget, check_fits, choose_tile
 from dtpm_fast.runtime.noise import noise_fields
 from dtpm_fast.runtime.photo import from_network, open_photo, pad_to, round_up, to_network
 from dtpm_fast.runtime.plan import Plan
@@ -165,6 +166,7 @@ class Restorer:
 
     def _run(self, batch: Tensor, what: Work) -> Tensor:
         height, width = batch.shape[-2:]
+        check_fits(batch.shape[0], height, width, self.device)
         tall, wide = (round_up(side, self.model.multiple) for side in (height, width))
         noise = pad_to(noise_fields(self.seed, height, width, self.steps.noise_fields), tall, wide).to(self.device)
         y_d = to_network(pad_to(batch.to(self.device), tall, wide)).contiguous(memory_format=torch.channels_last)
@@ -229,8 +231,12 @@ def _check_tile(tile: int | str | None) -> int | str | None:
     return tile
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Also where a failing graph capture was the answer to it."""
+    if error is None:
+        return False
+    here = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    return here or _out_of_memory(error.__context__)
 
 
 def _advice(plan: Plan | None) -> str:

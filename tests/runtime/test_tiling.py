@@ -14,6 +14,7 @@ from dtpm_fast.errors import UserError
 from dtpm_fast.runtime import memory
 from dtpm_fast.runtime.noise import noise_fields
 from dtpm_fast.runtime.plan import Plan
+from dtpm_fast.runtime.restorer import _out_of_memory
 from dtpm_fast.runtime.sampler import make_steps
 from dtpm_fast.runtime.tiling import Tiled, blend_weight, windows
 
@@ -96,7 +97,7 @@ def test_one_window_is_the_plan_itself(random_model: Callable[..., tuple]) -> No
 def test_fused_kernels_are_refused(random_model: Callable[..., tuple]) -> None:
     model, config = random_model()
     with pytest.raises(UserError, match="folded blocks"):
-        Tiled(Plan(model, make_steps(config, 2), kernels=True), 128, model.multiple)
+        Tiled(Plan(model, make_steps(config, 2), form="kernels"), 128, model.multiple)
 
 
 def test_auto_takes_the_largest_tile_that_fits() -> None:
@@ -145,6 +146,30 @@ def test_out_of_memory_goes_on_in_tiles_and_halves_them(
     limit = 0
     with pytest.raises(UserError, match="400x520 pixels: not enough memory"):
         restorer(before)
+
+
+def test_a_picture_that_no_tile_makes_fit_is_one_line(restorer: Restorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda _: 5 * 12 * 100 * 80 - 1)
+    with pytest.raises(
+        UserError, match=r"80x100 pixels: not enough memory; it takes 0.0 GiB .* make it smaller"
+    ) as one:
+        restorer(photo(100, 80))
+    assert "\n" not in str(one.value)
+    assert restorer(photo(50, 40)).shape == (50, 40, 3)
+
+
+def test_a_capture_that_failed_for_memory_is_out_of_memory() -> None:
+    def out_of_memory(first: Exception) -> bool:
+        try:
+            try:
+                raise first
+            finally:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        except RuntimeError as error:
+            return _out_of_memory(error)
+
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not out_of_memory(RuntimeError("illegal instruction"))
 
 
 def test_other_failures_are_not_taken_for_memory(restorer: Restorer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,38 @@
+import numpy as np
+
+def spread(
+    x: np.ndarray,
+    scale: np.ndarray,
+    shift: np.ndarray,
+    conv1: np.ndarray,
+    conv1_bias: np.ndarray,
+    depthwise: np.ndarray,
+    depthwise_bias: np.ndarray,
+    gated: np.ndarray,
+    sums: np.ndarray,
+    threads: int,
+    isa: str,
+) -> None: ...
+def merge(
+    x: np.ndarray,
+    gated: np.ndarray,
+    attention: np.ndarray,
+    conv3: np.ndarray,
+    conv3_bias: np.ndarray,
+    scale: np.ndarray,
+    shift: np.ndarray,
+    conv4: np.ndarray,
+    conv4_bias: np.ndarray,
+    conv5: np.ndarray,
+    conv5_bias: np.ndarray | None,
+    bias_map: np.ndarray | None,
+    threads: int,
+    isa: str,
+) -> None: ...
+def down(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, out: np.ndarray, threads: int, isa: str) -> None: ...
+def up(x: np.ndarray, weight: np.ndarray, skip: np.ndarray, threads: int, isa: str) -> None: ...
+def ending(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, picture: np.ndarray, threads: int, isa: str
+) -> None: ...
+def strip_width(height: int, width: int, channels: int) -> int: ...
+def instruction_sets() -> list[tuple[str, int]]: ...

@@ -1,0 +1,183 @@
+"""The compiled blocks for CPUs: the float64 oracle by the kernels' rule, every instruction set, threads, refusals."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dtpm_fast.config import Config
+from dtpm_fast.kernels.block import block_weights, denoising_block_ref
+from dtpm_fast.model.adapter import CGAdapter
+from dtpm_fast.model.block import DenoisingBlock
+from dtpm_fast.model.dtpm import Predictor
+from dtpm_fast.runtime import cpu_unet
+from dtpm_fast.runtime.backends import choose_backend
+from dtpm_fast.runtime.cpu_unet import CpuBlock, CpuUNet, instruction_set
+from dtpm_fast.runtime.plan import Plan, native_form
+from dtpm_fast.runtime.sampler import make_steps
+from dtpm_fast.runtime.unet import FoldedUNet, MergedAdapter, own_mean
+
+_nafnet = pytest.importorskip("dtpm_fast._nafnet", reason="built without OpenMP: blocks run through PyTorch")
+
+ISAS = _nafnet.instruction_sets()
+# Samples, channels, height, width: one pixel, odd sides, several bands and column strips, channels that fill no panel.
+SHAPES = [(1, 16, 1, 1), (3, 24, 5, 7), (1, 32, 67, 50), (2, 40, 1, 33), (1, 256, 3, 131), (1, 96, 9, 2)]
+
+
+def inputs(samples: int, channels: int, height: int, width: int, offset: float) -> tuple[DenoisingBlock, list[Tensor]]:
+    """A block none of whose parts is zero; x (B, H, W, C) and four rows (B, C): shift1, scale1, shift2, scale2."""
+    block = DenoisingBlock(channels, 8).requires_grad_(False)
+    block.beta.normal_(std=0.3)
+    block.gamma.normal_(std=0.3)
+    return block, [torch.randn(samples, height, width, channels) + offset, *torch.randn(4, samples, channels) * 0.3]
+
+
+def plain(block: DenoisingBlock, x: Tensor, rows: Sequence[Tensor], adapter: CGAdapter | None, y: Tensor) -> Tensor:
+    nchw = x.permute(0, 3, 1, 2)
+    out = denoising_block_ref(nchw, *rows, block_weights(block))
+    return (out if adapter is None else adapter(out, y)).permute(0, 2, 3, 1)
+
+
+def compiled(
+    isa: str, block: DenoisingBlock, x: Tensor, rows: Sequence[Tensor], adapter: CGAdapter | None, y: Tensor
+) -> Tensor:
+    merged = None if adapter is None else MergedAdapter(adapter)
+    ours = CpuBlock(block, merged, isa)
+    bias_map = None
+    if merged is not None:
+        bias = merged.bias + merged.matrix @ ours.residual_bias
+        bias_map = torch.nn.functional.conv2d(y, merged.kernel.to(y), bias.to(y), padding=1).permute(0, 2, 3, 1)
+        bias_map = bias_map.contiguous()
+    shift1, scale1, shift2, scale2 = rows
+    return ours(x.clone(), (shift1, 1 + scale1, shift2, 1 + scale2), bias_map, 0, own_mean)
+
+
+def error(values: list[Tensor], truths: list[Tensor]) -> float:
+    value, truth = torch.stack(values).double(), torch.stack(truths)
+    return float((value - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["alone", "adapter"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("isa", "lanes"), ISAS)
+def test_a_block_is_as_exact_as_eager(isa: str, lanes: int, shape: tuple[int, ...], adapted: bool) -> None:
+    """Its relative error against the float64 oracle is at most 1.5 times eager's, over four draws together."""
+    if shape[1] % lanes:
+        assert instruction_set(shape[1]) != isa
+        return
+    for offset in (0.0, 100.0):
+        ours, eager, exact = [], [], []
+        for _ in range(4):
+            block, (x, *rows) = inputs(*shape, offset)
+            adapter = CGAdapter(shape[1], 0.25, "linear").requires_grad_(False) if adapted else None
+            if adapter is not None:
+                adapter.m_out.weight.normal_(std=0.1)
+            y = torch.rand(shape[0], 3, *shape[2:]) * 2 - 1
+            ours.append(compiled(isa, block, x, rows, adapter, y))
+            eager.append(plain(block, x, rows, adapter, y))
+            doubles = [None if m is None else copy.deepcopy(m).double() for m in (block, adapter)]
+            exact.append(plain(doubles[0], x.double(), [r.double() for r in rows], doubles[1], y.double()))
+        assert error(ours, exact) <= 1.5 * error(eager, exact)
+
+
+@pytest.mark.parametrize(("isa", "lanes"), ISAS)
+def test_the_whole_network_is_as_exact_as_folded_operators(isa: str, lanes: int) -> None:
+    """Down, up and the ending as well, on a batch whose sides differ."""
+    width = 2 * lanes
+    network = Predictor(width, (1, 1), 1, (1, 1)).requires_grad_(False)
+    for name, parameter in network.named_parameters():
+        if name.endswith((".beta", ".gamma")) or name.startswith("ending"):
+            parameter.normal_(std=0.3)
+    rows = torch.randn(1, sum(4 * channels for channels in network.positions().values())) * 0.3 + 1
+    ours, eager, exact = [], [], []
+    for _ in range(4):
+        h = torch.randn(2, 12, 20, width)
+        ours.append(CpuUNet(network, {}, isa)(h.clone(), rows, {}))
+        eager.append(FoldedUNet(network, {}, torch.float32)(h.clone(), rows, {}))
+        exact.append(FoldedUNet(network, {}, torch.float64)(h.double(), rows.double(), {}))
+    assert error(ours, exact) <= 1.5 * error(eager, exact)
+
+
+def test_no_bit_depends_on_the_number_of_threads() -> None:
+    block, (x, *rows) = inputs(2, 64, 70, 300, 0.0)  # several strips, bands and chunks
+    assert _nafnet.strip_width(70, 300, 64) < 300
+    kept = torch.get_num_threads()
+    outputs = []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            outputs.append(compiled(ISAS[0][0], block, x, rows, None, torch.zeros(2, 3, 70, 300)))
+    finally:
+        torch.set_num_threads(kept)
+    assert all(torch.equal(output, outputs[0]) for output in outputs[1:])
+    assert not torch.equal(outputs[0], x)
+
+
+def test_a_mean_from_outside_is_taken() -> None:
+    block, (x, *rows) = inputs(1, 16, 6, 5, 0.0)
+    ours = CpuBlock(block, None, "portable")
+    four = (rows[0], 1 + rows[1], rows[2], 1 + rows[3])
+    seen: list[Tensor] = []
+
+    def mean(number: int, gated: Tensor) -> Tensor:
+        assert number == 3
+        seen.append(gated.clone())
+        return own_mean(number, gated)
+
+    torch.testing.assert_close(ours(x.clone(), four, None, 3, mean), ours(x.clone(), four, None, 3, own_mean))
+    assert seen[0].shape == x.shape
+    other = ours(x.clone(), four, None, 3, lambda number, gated: own_mean(number, gated) + 1)
+    assert (other - ours(x.clone(), four, None, 3, own_mean)).abs().max() > 1e-3
+
+
+def test_wrong_arrays_are_refused_and_not_read() -> None:
+    ok = np.zeros((1, 4, 4, 16), np.float32)
+    weight, bias = np.zeros(8 * 16 * 16, np.float32), np.zeros(32, np.float32)
+    out = np.zeros((1, 2, 2, 32), np.float32)
+    how = {"threads": 1, "isa": "portable"}
+    _nafnet.down(ok, weight, bias, out, **how)
+    for given, message in (
+        ((ok, weight[:-1], bias, out), "weight: expected 2048 values, got 2047"),
+        ((ok, weight, bias, out[:, :1]), "out: expected"),
+        ((ok[:, :3], weight, bias, out), "must be even"),
+        ((np.zeros((1, 4, 4, 15), np.float32), weight, bias, out), "no multiple"),
+        ((ok[0], weight, bias, out), "4 dimensions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _nafnet.down(*(np.ascontiguousarray(array) for array in given), **how)
+    for wrong in (ok.astype(np.float64), ok[:, :, ::2]):
+        with pytest.raises(TypeError):
+            _nafnet.down(wrong, weight, bias, out, **how)
+    with pytest.raises(ValueError, match="threads"):
+        _nafnet.down(ok, weight, bias, out, threads=0, isa="portable")
+    with pytest.raises(ValueError, match="unknown instruction set neon"):
+        _nafnet.down(ok, weight, bias, out, threads=1, isa="neon")
+
+
+def test_fused_says_which_blocks_run_and_falls_back_to_pytorch(
+    random_model: Callable[..., tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = random_model()
+    steps = make_steps(config, 2)
+    plan, why = choose_backend("fused", model, steps, torch.device("cpu"), "float32")
+    assert isinstance(plan, Plan) and plan.form == "native"
+    assert why.endswith(f"blocks compiled for {native_form(model)}")
+    plan, why = choose_backend("fused", model, steps, torch.device("cpu"), "bfloat16")
+    assert isinstance(plan, Plan) and plan.form == "folded"
+    odd, odd_config = random_model(width=18, adapter_ratio=0.5)
+    plan, why = choose_backend("fused", odd, make_steps(odd_config, 2), torch.device("cpu"), "float32")
+    assert isinstance(plan, Plan) and plan.form == "folded" and why.endswith("blocks in PyTorch")
+    with pytest.raises(ValueError, match="cannot run 18 channels"):
+        Plan(odd, make_steps(odd_config, 2), form="native")
+    monkeypatch.setattr(cpu_unet, "_nafnet", None)
+    plan, why = choose_backend("fused", model, steps, torch.device("cpu"), "float32")
+    assert isinstance(plan, Plan) and plan.form == "folded" and why.endswith("blocks in PyTorch")
+
+
+def test_shipped_presets_fill_vectors() -> None:
+    for preset in ("tiny", "light", "base"):
+        config = Config.of(preset=preset).model
+        assert instruction_set(config.width, config.predictor_width) is not None
