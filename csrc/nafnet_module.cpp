@@ -125,10 +125,11 @@ void intro(const Array& picture, const Array& weight, const Array& addend, Array
     const nafnet::Shape s = shape_of(out, isa);
     const float* from = sized(picture, s.samples * 3 * s.height * s.width, "picture");
     const float* w = sized(weight, 27 * up_to(s.channels, 2 * nafnet::lanes(isa)), "weight");
-    const float* add = sized(addend, s.samples * s.height * s.width * s.channels, "addend");
+    const bool bias = addend.size() == s.channels;
+    const float* add = bias ? addend.data() : sized(addend, s.samples * s.height * s.width * s.channels, "addend");
     float* to = out.mutable_data();
     const py::gil_scoped_release unlocked;
-    nafnet::intro(isa, s, from, w, add, to, checked(threads));
+    nafnet::intro(isa, s, from, w, add, bias ? 0 : s.channels, to, checked(threads));
 }
 
 void ending(const Array& x, const Array& weight, const Array& bias, Array picture, int threads,

@@ -76,8 +76,8 @@ class PrepareGraph(nn.Module):
         return semantic.trunk((image * 0.5 + 0.5 - semantic.mean) / semantic.std).mean(dim=(2, 3))
 
     def _keep(self, prepare: Prepare, name: str) -> None:
-        for part in (f"{name}_weight", f"{name}_bias"):
-            self.register_buffer(part, prepare.get_buffer(part).contiguous())
+        for part in ("weight", "bias"):
+            self.register_buffer(f"{name}_{part}", prepare.maps[name].get_buffer(part).contiguous())
 
     def _conv(self, name: str, image: Tensor) -> Tensor:
         return F.conv2d(image.to(self.dtype), getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias"), padding=1)
@@ -98,7 +98,7 @@ class StepGraph(nn.Module):
         step: Step = plan.step_module
         self.names, self.dtype = names, step.dtype
         self.unet = UNetGraph(step.unet)
-        self.register_buffer("intro_weight", step.intro_weight.contiguous())
+        self.register_buffer("intro_weight", step.intro.weight.contiguous())
         self.register_buffer("table", plan.table.float())
         self.register_buffer("time_rows", plan.time_rows.float())
 

@@ -194,8 +194,8 @@ public:
         }
     }
 
-    static void intro(const Shape& s, const float* picture, const float* weight, const float* addend, float* out,
-                      int threads) {
+    static void intro(const Shape& s, const float* picture, const float* weight, const float* addend,
+                      long addend_pixel, float* out, int threads) {
         constexpr long K = 27, stride = 28;
         const long C = s.channels, pixels = s.height * s.width, panels = (C + 2 * V - 1) / (2 * V);
 #pragma omp parallel num_threads(threads)
@@ -205,7 +205,7 @@ public:
             for (long row = 0; row < s.samples * s.height; ++row) {
                 const long sample = row / s.height, y = row % s.height;
                 for (long first = 0; first < s.width; first += PANEL) {
-                    const long n = std::min(PANEL, s.width - first), at = (row * s.width + first) * C;
+                    const long n = std::min(PANEL, s.width - first), pixel = row * s.width + first;
                     for (long dy = 0; dy < 3; ++dy)
                         for (long colour = 0; colour < 3; ++colour) {
                             const long from_y = y + dy - 1;
@@ -219,9 +219,11 @@ public:
                                 }
                         }
                     product(input, stride, n, K, weight, panels, [&](long p, long panel, vec a, vec b) {
-                        const long c = panel * 2 * V, i = at + p * C + c;
-                        store(out + i, a + load(addend + i));
-                        if (c + V < C) store(out + i + V, b + load(addend + i + V));
+                        const long c = panel * 2 * V;
+                        const float* add = addend + (pixel + p) * addend_pixel + c;
+                        float* to = out + (pixel + p) * C + c;
+                        store(to, a + load(add));
+                        if (c + V < C) store(to + V, b + load(add + V));
                     });
                 }
             }

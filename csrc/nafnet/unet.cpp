@@ -120,9 +120,9 @@ void up(Isa isa, const Shape& shape, const float* x, const float* weight, float*
     DISPATCH(up, shape, x, weight, skip, threads);
 }
 
-void intro(Isa isa, const Shape& shape, const float* picture, const float* weight, const float* addend, float* out,
-           int threads) {
-    DISPATCH(intro, shape, picture, weight, addend, out, threads);
+void intro(Isa isa, const Shape& shape, const float* picture, const float* weight, const float* addend,
+           long addend_pixel, float* out, int threads) {
+    DISPATCH(intro, shape, picture, weight, addend, addend_pixel, out, threads);
 }
 
 void ending(Isa isa, const Shape& shape, const float* x, const float* weight, const float* bias, float* picture,

@@ -49,10 +49,10 @@ void down(Isa isa, const Shape& shape, const float* x, const float* weight, cons
 // 1x1 convolution to twice the channels, PixelShuffle(2), added to the skip; outputs are ordered (row, column, channel).
 void up(Isa isa, const Shape& shape, const float* x, const float* weight, float* skip, int threads);
 
-// 3x3 convolution of [samples][3][height][width] to `shape`, over out, which it is added to; 27 inputs, ordered (row,
-// column, channel).
-void intro(Isa isa, const Shape& shape, const float* picture, const float* weight, const float* addend, float* out,
-           int threads);
+// 3x3 convolution of [samples][3][height][width] to the map `out`; 27 inputs, ordered (row, column, colour). What is
+// added: one value for every channel (addend_pixel 0), or a map (addend_pixel = channels).
+void intro(Isa isa, const Shape& shape, const float* picture, const float* weight, const float* addend,
+           long addend_pixel, float* out, int threads);
 
 // 3x3 convolution to [samples][3][height][width]; weight[output][row][column][channel].
 void ending(Isa isa, const Shape& shape, const float* x, const float* weight, const float* bias, float* picture,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dtpm_fast.model.block import Block
 from dtpm_fast.model.unet import UNet
-from dtpm_fast.runtime.unet import FoldedBlock, FoldedUNet, Mean, MergedAdapter, own_mean
+from dtpm_fast.runtime.unet import FoldedBlock, FoldedUNet, Mean, MergedAdapter, PictureMap, own_mean
 
 if TYPE_CHECKING:
     import dtpm_fast._nafnet as _nafnet
@@ -98,6 +98,25 @@ class CpuBlock(nn.Module):
             cast(Tensor, bias_map).numpy() if adapted else None, **how,
         )  # fmt: skip
         return x
+
+
+class CpuPictureMap(PictureMap):
+    """`PictureMap` with the compiled part."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, isa: str) -> None:
+        super().__init__(weight, bias, torch.float32)
+        self.isa, self.channels = isa, len(weight)
+        self.register_buffer("weight", _pack(self.weight.permute(0, 2, 3, 1).flatten(1), _lanes(isa)))
+
+    def forward(self, picture: Tensor, instead: Tensor | None = None) -> Tensor:
+        b, _, height, width = picture.shape
+        out = picture.new_empty(b, height, width, self.channels, dtype=torch.float32)
+        addend = self.bias if instead is None else instead
+        _nafnet.intro(
+            picture.float().contiguous().numpy(), self.weight.numpy(), addend.numpy(), out.numpy(),
+            threads=torch.get_num_threads(), isa=self.isa,
+        )  # fmt: skip
+        return out
 
 
 class CpuUNet(FoldedUNet):

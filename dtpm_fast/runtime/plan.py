@@ -19,9 +19,9 @@ from dtpm_fast.model.block import DenoisingBlock, NAFBlock
 from dtpm_fast.model.denoiser import sinusoid
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.model.unet import UNet
-from dtpm_fast.runtime.cpu_unet import CpuBlock, CpuUNet, instruction_set
+from dtpm_fast.runtime.cpu_unet import CpuBlock, CpuPictureMap, CpuUNet, instruction_set
 from dtpm_fast.runtime.sampler import C_IN, Conditions, Steps, sample, update
-from dtpm_fast.runtime.unet import FoldedBlock, FoldedUNet, KernelBlock, Mean, MergedAdapter, own_mean
+from dtpm_fast.runtime.unet import FoldedBlock, FoldedUNet, KernelBlock, Mean, MergedAdapter, PictureMap, own_mean
 
 # What the U-Nets run through: PyTorch's operators, the fused Triton kernels, or the compiled parts for CPUs.
 Form = Literal["folded", "kernels", "native"]
@@ -47,6 +47,7 @@ class Prepare(nn.Module):
         self.projection: Tensor
         self.affine_rows: Tensor
         self.config, self.dtype = model.config, dtype
+        self.maps = nn.ModuleDict()  # convolutions of pictures
         self.semantic, self.code_mlp = model.semantic, model.denoiser.code_mlp
         self.predictor: FoldedUNet | None = None
         if model.predictor is not None:
@@ -54,9 +55,9 @@ class Prepare(nn.Module):
             blocks = [cast(NAFBlock, model.predictor.get_submodule(position)) for position in self.predictor.positions]
             affine = [p.detach() for b in blocks for norm in (b.norm1, b.norm2) for p in (norm.bias, norm.weight)]
             self.register_buffer("affine_rows", torch.cat(affine)[None].to(dtype))
-            self._keep("predictor_intro", model.predictor.intro.weight, model.predictor.intro.bias)
+            self.maps["predictor_intro"] = _map(form, model.predictor.intro.weight, model.predictor.intro.bias, dtype)
         intro = model.denoiser.intro
-        self._keep("intro", intro.weight[:, 3:], intro.bias)
+        self.maps["intro"] = _map(form, intro.weight[:, 3:], intro.bias, dtype)
         projections = [_modulation(model, position).weight.detach() for position in step.unet.positions]
         self.register_buffer("projection", torch.cat(projections))
         self.levels: dict[str, int] = {}
@@ -66,7 +67,7 @@ class Prepare(nn.Module):
                 self.levels[position] = (channels // width).bit_length() - 1
                 residual_bias = cast(FoldedBlock | KernelBlock | CpuBlock, block).residual_bias
                 bias = adapters[position].bias + adapters[position].matrix @ residual_bias
-                self._keep(_key(position), adapters[position].kernel, bias)
+                self.maps[_key(position)] = _map(form, adapters[position].kernel, bias, dtype)
 
     def forward(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
         """y_d: (B, 3, H, W) in [-1, 1]. `code` (B, C) stands in for the picture's own semantic code."""
@@ -82,7 +83,7 @@ class Prepare(nn.Module):
     def residual(self, y_d: Tensor, mean: Mean = own_mean) -> Tensor:
         """What the initial predictor adds to y_d."""
         assert self.predictor is not None
-        h = self._conv("predictor_intro", y_d)
+        h = self.maps["predictor_intro"](y_d)
         return self.predictor(h, self.affine_rows, {}, mean).to(y_d.dtype)
 
     def semantic_code(self, y_d: Tensor, y_eps: Tensor) -> Tensor | None:
@@ -94,26 +95,15 @@ class Prepare(nn.Module):
     def conditions(self, y_d: Tensor, y_eps: Tensor, code: Tensor | None) -> Conditions:
         """ "y_eps" (B, 3, H, W); "intro", the condition's half of the intro convolution, and "adapter.<position>", the
         adapters' bias maps, (B, h, w, C) each; "code_rows" (B, sum of 4C), the code's share of the modulation."""
-        found = {"y_eps": y_eps, "intro": self._conv("intro", y_d if self.config.condition == "degraded" else y_eps)}
+        found = {"y_eps": y_eps, "intro": self.maps["intro"](y_d if self.config.condition == "degraded" else y_eps)}
         if code is not None and self.code_mlp is not None:
             found["code_rows"] = F.linear(self.code_mlp(code), self.projection)
         resized: dict[int, Tensor] = {}
         for position, level in self.levels.items():
             if level not in resized:
                 resized[level] = resize_to_level(y_eps, level)
-            found[f"adapter.{position}"] = self._conv(_key(position), resized[level])
+            found[f"adapter.{position}"] = self.maps[_key(position)](resized[level])
         return found
-
-    def _keep(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
-        assert bias is not None
-        weight = weight.detach().to(self.dtype).contiguous(memory_format=torch.channels_last)
-        self.register_buffer(f"{name}_weight", weight)
-        self.register_buffer(f"{name}_bias", bias.detach().to(self.dtype))
-
-    def _conv(self, name: str, image: Tensor) -> Tensor:
-        """A 3x3 convolution of a picture (B, 3, H, W) to a map (B, H, W, C)."""
-        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
-        return F.conv2d(image.to(self.dtype), weight, bias, padding=1).permute(0, 2, 3, 1).contiguous()
 
 
 class Step(nn.Module):
@@ -124,11 +114,12 @@ class Step(nn.Module):
         form: Form,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.intro_weight: Tensor
         self.dtype = dtype
         self.unet = _unet(form, model.denoiser, adapters, dtype)
-        intro = model.denoiser.intro.weight.detach()[:, :3]
-        self.register_buffer("intro_weight", intro.to(dtype).contiguous(memory_format=torch.channels_last))
+        intro = model.denoiser.intro
+        assert intro.bias is not None
+        no_bias = torch.zeros_like(intro.bias)  # it is in the condition's half
+        self.intro = _map(form, intro.weight[:, :3], no_bias, dtype)
 
     def forward(
         self, x: Tensor, previous: Tensor, row: Tensor, time_row: Tensor, conditions: Conditions
@@ -142,8 +133,7 @@ class Step(nn.Module):
         self, x: Tensor, row: Tensor, time_row: Tensor, conditions: Conditions, mean: Mean = own_mean
     ) -> Tensor:
         """The denoiser's output F (B, 3, H, W)."""
-        h = F.conv2d((row[C_IN] * x).to(self.dtype), self.intro_weight, padding=1)
-        h = h.permute(0, 2, 3, 1) + conditions["intro"]
+        h = self.intro(row[C_IN] * x, conditions["intro"])
         rows = time_row if "code_rows" not in conditions else time_row + conditions["code_rows"]
         maps = {key[len("adapter.") :]: value for key, value in conditions.items() if key.startswith("adapter.")}
         return self.unet(h, rows.to(self.dtype), maps, mean).to(x.dtype)
@@ -218,6 +208,12 @@ class Plan:
 def native_form(model: DTPM) -> str | None:
     """The instruction set that the compiled parts take for this model; None where they cannot run it."""
     return instruction_set(model.config.width, *([model.config.predictor_width] if model.predictor is not None else []))
+
+
+def _map(form: Form, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PictureMap:
+    assert bias is not None  # every convolution of a picture has one
+    isa = instruction_set(len(weight)) if form == "native" else None
+    return PictureMap(weight, bias, dtype) if isa is None else CpuPictureMap(weight, bias, isa)
 
 
 def _unet(form: Form, unet: UNet, adapters: dict[str, MergedAdapter], dtype: torch.dtype) -> FoldedUNet:

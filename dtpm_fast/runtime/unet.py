@@ -139,6 +139,25 @@ class KernelBlock(nn.Module):
         return h.permute(0, 2, 3, 1).contiguous()
 
 
+class PictureMap(nn.Module):
+    """A 3x3 convolution of a picture (B, 3, H, W) to a map (B, H, W, C), and its bias or another map added."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.register_buffer("weight", _channels_last(weight, dtype))
+        self.register_buffer("bias", bias.detach().to(dtype))
+
+    def forward(self, picture: Tensor, instead: Tensor | None = None) -> Tensor:
+        """`instead`: a map (B, H, W, C) that is added in the bias's place."""
+        bias = self.bias if instead is None else None
+        h = F.conv2d(picture.to(self.dtype), self.weight, bias, padding=1).permute(0, 2, 3, 1)
+        return h.contiguous() if instead is None else h + instead
+
+
 class FoldedUNet(nn.Module):
     """All of a U-Net behind its intro convolution, modulation rows and bias maps given."""
 

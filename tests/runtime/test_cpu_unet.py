@@ -15,10 +15,10 @@ from dtpm_fast.model.block import DenoisingBlock
 from dtpm_fast.model.dtpm import Predictor
 from dtpm_fast.runtime import cpu_unet
 from dtpm_fast.runtime.backends import choose_backend
-from dtpm_fast.runtime.cpu_unet import CpuBlock, CpuUNet, instruction_set
+from dtpm_fast.runtime.cpu_unet import CpuBlock, CpuPictureMap, CpuUNet, instruction_set
 from dtpm_fast.runtime.plan import Plan, native_form
 from dtpm_fast.runtime.sampler import make_steps
-from dtpm_fast.runtime.unet import FoldedUNet, MergedAdapter, own_mean
+from dtpm_fast.runtime.unet import FoldedUNet, MergedAdapter, PictureMap, own_mean
 
 _nafnet = pytest.importorskip("dtpm_fast._nafnet", reason="built without OpenMP: blocks run through PyTorch")
 
@@ -99,6 +99,19 @@ def test_the_whole_network_is_as_exact_as_folded_operators(isa: str, lanes: int)
         eager.append(FoldedUNet(network, {}, torch.float32)(h.clone(), rows, {}))
         exact.append(FoldedUNet(network, {}, torch.float64)(h.double(), rows.double(), {}))
     assert error(ours, exact) <= 1.5 * error(eager, exact)
+
+
+@pytest.mark.parametrize(("isa", "lanes"), ISAS)
+def test_a_map_of_a_picture_is_as_exact_as_eager(isa: str, lanes: int) -> None:
+    for size in ((1, 1), (5, 7), (2, 99)):
+        weight, bias = torch.randn(3 * lanes, 3, 3, 3), torch.randn(3 * lanes)
+        forms = CpuPictureMap(weight, bias, isa), PictureMap(weight, bias, torch.float32)
+        exact = PictureMap(weight.double(), bias.double(), torch.float64)
+        for instead in (None, torch.randn(2, *size, 3 * lanes)):
+            pictures = [torch.rand(2, 3, *size) * 2 - 1 for _ in range(4)]
+            ours, eager = ([form(p, instead) for p in pictures] for form in forms)
+            truth = [exact(p.double(), None if instead is None else instead.double()) for p in pictures]
+            assert error(ours, truth) <= 1.5 * error(eager, truth)
 
 
 def test_no_bit_depends_on_the_number_of_threads() -> None:
