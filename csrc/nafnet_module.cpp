@@ -76,13 +76,17 @@ void spread(const Array& x, const Array& scale, const Array& shift, const Array&
 
 void merge(Array x, const Array& gated, const Array& attention, const Array& conv3, const Array& conv3_bias,
            const Array& scale, const Array& shift, const Array& conv4, const Array& conv4_bias, const Array& conv5,
-           const std::optional<Array>& conv5_bias, const std::optional<Array>& bias_map, int threads,
-           const std::string& name) {
+           const std::optional<Array>& conv5_bias, const std::optional<Array>& bias_map,
+           const std::optional<Array>& adapter, int threads, const std::string& name) {
     const nafnet::Isa isa = isa_named(name);
     const nafnet::Shape s = shape_of(x, isa);
     const long c = s.channels, size = s.samples * s.height * s.width * c, wide = up_to(c, 2 * nafnet::lanes(isa));
     if (conv5_bias.has_value() == bias_map.has_value())
         throw std::invalid_argument("either conv5_bias or bias_map, and not both");
+    const long rank = adapter ? long(adapter->size()) / c : 0;
+    if (rank % (2 * nafnet::lanes(isa)) || (adapter && !bias_map))
+        throw std::invalid_argument("adapter: its rank must fill panels, and it comes with a bias_map");
+    const float* w_in = adapter ? sized(*adapter, rank * c, "adapter") : nullptr;
     const float* map = bias_map ? sized(*bias_map, size, "bias_map") : nullptr;
     const float* b5 = conv5_bias ? sized(*conv5_bias, c, "conv5_bias") : nullptr;
     const nafnet::Rows scales = rows_of(scale, s, "scale"), shifts = rows_of(shift, s, "shift");
@@ -92,10 +96,11 @@ void merge(Array x, const Array& gated, const Array& attention, const Array& con
     const float* b3 = sized(conv3_bias, c, "conv3_bias");
     const float* w4 = sized(conv4, 2 * c * c, "conv4");
     const float* b4 = sized(conv4_bias, 2 * c, "conv4_bias");
-    const float* w5 = sized(conv5, wide * c * (map ? 2 : 1), "conv5");
+    const float* w5 = sized(conv5, wide * (c + (adapter ? rank : map ? c : 0)), "conv5");
     float* to = x.mutable_data();
     const py::gil_scoped_release unlocked;
-    nafnet::merge(isa, s, to, from, by, w3, b3, scales, shifts, w4, b4, w5, b5, map, checked(threads));
+    nafnet::merge(isa, s, to, from, by, w3, b3, scales, shifts, w4, b4, w5, b5, map, w_in, rank,
+                  checked(threads));
 }
 
 void down(const Array& x, const Array& weight, const Array& bias, Array out, int threads, const std::string& name) {
@@ -153,7 +158,7 @@ PYBIND11_MODULE(_nafnet, module) {
                py::arg("isa"));
     module.def("merge", &merge, given("x"), given("gated"), given("attention"), given("conv3"), given("conv3_bias"),
                given("scale"), given("shift"), given("conv4"), given("conv4_bias"), given("conv5"),
-               given("conv5_bias"), given("bias_map"), py::arg("threads"), py::arg("isa"));
+               given("conv5_bias"), given("bias_map"), given("adapter"), py::arg("threads"), py::arg("isa"));
     module.def("down", &down, given("x"), given("weight"), given("bias"), given("out"), py::arg("threads"),
                py::arg("isa"));
     module.def("up", &up, given("x"), given("weight"), given("skip"), py::arg("threads"), py::arg("isa"));

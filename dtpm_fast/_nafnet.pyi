@@ -26,6 +26,7 @@ def merge(
     conv5: np.ndarray,
     conv5_bias: np.ndarray | None,
     bias_map: np.ndarray | None,
+    adapter: np.ndarray | None,
     threads: int,
     isa: str,
 ) -> None: ...

@@ -74,15 +74,19 @@ public:
 
     static void merge(const Shape& s, float* x, const float* gated, const float* attention, const float* conv3,
                       const float* conv3_bias, Rows scale, Rows shift, const float* conv4, const float* conv4_bias,
-                      const float* conv5, const float* conv5_bias, const float* bias_map, int threads) {
+                      const float* conv5, const float* conv5_bias, const float* bias_map, const float* adapter,
+                      long rank, int threads) {
         const long C = s.channels, pixels = s.height * s.width, panels = (C + 2 * V - 1) / (2 * V);
         const long chunk = chunk_for(pixels, s.samples, threads), chunks = (pixels + chunk - 1) / chunk;
-        const long wide = 2 * C + PAD, size = panels * C * 2 * V;
+        // A pixel of the last product's input: what the adapter makes of y (rank values, none where it is merged), the
+        // gated map, y.
+        const long wide = rank + 2 * C + PAD, size = panels * C * 2 * V, at_gate = rank, at_y = rank + C;
+        const long inputs = adapter ? rank + C : bias_map ? 2 * C : C;
         float* attended = shared(s.samples * size);  // conv3 with the sample's channel attention in its columns
 #pragma omp parallel num_threads(threads)
         {
-            float* gate_and_y = scratch(PANEL * (wide + 2 * (C + PAD)));
-            float* normal = gate_and_y + PANEL * wide;
+            float* input_row = scratch(PANEL * (wide + 2 * (C + PAD)));
+            float* normal = input_row + PANEL * wide;
             float* padded = normal + PANEL * (C + PAD);
 #pragma omp for schedule(static)
             for (long row = 0; row < s.samples * panels * C; ++row) {
@@ -107,22 +111,26 @@ public:
                             [&](long p, long panel, vec a, vec b) {
                                 const long c = panel * 2 * V;
                                 const float* before = x + at + p * C + c;
-                                float* y = gate_and_y + p * wide + C + c;
+                                float* y = input_row + p * wide + at_y + c;
                                 // x last: one rounding of x's size.
                                 store(y, a + load(conv3_bias + c) + load(before));
                                 if (c + V < C) store(y + V, b + load(conv3_bias + c + V) + load(before + V));
                             });
                     for (long p = 0; p < n; ++p)
-                        normalise(gate_and_y + p * wide + C, normal + p * (C + PAD), C, scale.of(sample),
+                        normalise(input_row + p * wide + at_y, normal + p * (C + PAD), C, scale.of(sample),
                                   shift.of(sample));
                     product(normal, C + PAD, n, C, conv4, C / V, [&](long p, long panel, vec a, vec b) {
                         const float* bias = conv4_bias + panel * 2 * V;
-                        store(gate_and_y + p * wide + panel * V, (a + load(bias)) * (b + load(bias + V)));
+                        store(input_row + p * wide + at_gate + panel * V, (a + load(bias)) * (b + load(bias + V)));
                     });
-                    product(gate_and_y, wide, n, bias_map ? 2 * C : C, conv5, panels,
+                    product(input_row + at_y, wide, n, C, adapter, rank / (2 * V), [&](long p, long panel, vec a, vec b) {
+                        store(input_row + p * wide + panel * 2 * V, a);
+                        store(input_row + p * wide + panel * 2 * V + V, b);
+                    });
+                    product(input_row, wide, n, inputs, conv5, panels,
                             [&](long p, long panel, vec a, vec b) {
                                 const long c = panel * 2 * V;
-                                const float* y = gate_and_y + p * wide + C + c;
+                                const float* y = input_row + p * wide + at_y + c;
                                 const float* bias = bias_map ? bias_map + at + p * C + c : conv5_bias + c;
                                 float* out = x + at + p * C + c;
                                 store(out, a + load(bias) + load(y));

@@ -106,9 +106,10 @@ void spread(Isa isa, const Shape& shape, const float* x, Rows scale, Rows shift,
 
 void merge(Isa isa, const Shape& shape, float* x, const float* gated, const float* attention, const float* conv3,
            const float* conv3_bias, Rows scale, Rows shift, const float* conv4, const float* conv4_bias,
-           const float* conv5, const float* conv5_bias, const float* bias_map, int threads) {
+           const float* conv5, const float* conv5_bias, const float* bias_map, const float* adapter, long rank,
+           int threads) {
     DISPATCH(merge, shape, x, gated, attention, conv3, conv3_bias, scale, shift, conv4, conv4_bias, conv5, conv5_bias,
-             bias_map, threads);
+             bias_map, adapter, rank, threads);
 }
 
 void down(Isa isa, const Shape& shape, const float* x, const float* weight, const float* bias, float* out,

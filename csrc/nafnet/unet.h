@@ -36,12 +36,14 @@ void spread(Isa isa, const Shape& shape, const float* x, Rows scale, Rows shift,
             const float* conv1_bias, const float* depthwise, const float* depthwise_bias, float* gated, float* sums,
             int threads);
 
-// y = x + conv3(attention * gated) and, over x,
-//     y + conv5(SimpleGate(conv4(LN(y) * scale + shift))) + conv5_bias             without an adapter: bias_map is null
-//     y + conv5(..., y) + bias_map            with one: conv5 = [M conv5, M - I] has 2C inputs, M is the merged adapter
+// y = x + conv3(attention * gated), g = SimpleGate(conv4(LN(y) * scale + shift)) and, over x,
+//     y + conv5 g + conv5_bias                        without an adapter: bias_map and adapter are null
+//     y + conv5 [g, y] + bias_map                     one that is merged: conv5 = [M conv5, M - I], M = I + W_out W_in
+//     y + conv5 [adapter y, g] + bias_map             one of low rank: adapter = W_in, conv5 = [W_out, M conv5]
 void merge(Isa isa, const Shape& shape, float* x, const float* gated, const float* attention, const float* conv3,
            const float* conv3_bias, Rows scale, Rows shift, const float* conv4, const float* conv4_bias,
-           const float* conv5, const float* conv5_bias, const float* bias_map, int threads);
+           const float* conv5, const float* conv5_bias, const float* bias_map, const float* adapter, long rank,
+           int threads);
 
 // 2x2 convolution with stride 2 to twice the channels; inputs are ordered (row, column, channel).
 void down(Isa isa, const Shape& shape, const float* x, const float* weight, const float* bias, float* out, int threads);

@@ -45,6 +45,7 @@ class CpuBlock(nn.Module):
     conv5_bias: Tensor
     attention: Tensor
     attention_bias: Tensor
+    adapter: Tensor | None
     matrix: Tensor | None
 
     def __init__(self, block: Block, adapter: MergedAdapter | None, isa: str) -> None:
@@ -52,12 +53,18 @@ class CpuBlock(nn.Module):
         self.isa, lanes = isa, _lanes(isa)
         folded = FoldedBlock(block, adapter, torch.float32)
         self.residual_bias = folded.residual_bias
-        conv5 = folded.w5
+        conv5, adapter_in = folded.w5, None
         if adapter is not None:
-            # The adapter's matrix stands beside conv5, so that one product takes the gated map and y together; without
-            # its identity, so that y is added as exactly as in the plain block.
-            identity = torch.eye(len(conv5), dtype=torch.float64, device=conv5.device)
-            conv5 = torch.cat([conv5, (adapter.matrix - identity).float()], dim=1)
+            # y joins the last product through W_in, or through M where that is no cheaper; M without its identity, so
+            # that y itself is added as exactly as in the plain block.
+            rank, channels = adapter.m_in.shape
+            short = -rank % (2 * lanes)  # W_in's outputs fill panels
+            if 2 * (rank + short) < channels:
+                adapter_in = _pack(adapter.m_in.float(), lanes)
+                conv5 = torch.cat([F.pad(adapter.m_out.float(), (0, short)), conv5], dim=1)
+            else:
+                conv5 = torch.cat([conv5, (adapter.m_out @ adapter.m_in).float()], dim=1)
+        self.register_buffer("adapter", adapter_in)
         values = {
             "conv1": _pack_gated(folded.w1.flatten(1), lanes), "conv1_bias": _pack_gated(folded.b1[:, None], lanes),
             "depthwise": _pack_gated(folded.w2.flatten(1), lanes),
@@ -95,7 +102,8 @@ class CpuBlock(nn.Module):
             x.numpy(), gated.numpy(), attention.numpy(), self.conv3.numpy(), self.conv3_bias.numpy(), scale2, shift2,
             self.conv4.numpy(), self.conv4_bias.numpy(), self.conv5.numpy(),
             None if adapted else self.conv5_bias.numpy(),
-            cast(Tensor, bias_map).numpy() if adapted else None, **how,
+            cast(Tensor, bias_map).numpy() if adapted else None,
+            self.adapter.numpy() if adapted and self.adapter is not None else None, **how,
         )  # fmt: skip
         return x
 

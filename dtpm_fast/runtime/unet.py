@@ -45,6 +45,7 @@ class MergedAdapter:
                 "(--backend reference), or train with adapter_kind=linear"
             )
         m_in, m_out = (_double(layer.weight).flatten(1) for layer in (adapter.m_in, adapter.m_out))
+        self.m_in, self.m_out = m_in, m_out
         self.matrix = torch.eye(m_out.shape[0], dtype=torch.float64, device=m_out.device) + m_out @ m_in
         self.kernel = torch.einsum("oi,ichw->ochw", m_out, _double(adapter.conv.weight))
         self.bias = m_out @ (_double(adapter.m_in.bias) + _double(adapter.conv.bias)) + _double(adapter.m_out.bias)
