@@ -4,6 +4,7 @@
     python benchmarks/bench_restore.py run --device cuda --preset base --steps 4 10 --size 256x256 512x512 1080x1920
     python benchmarks/bench_restore.py run --device cuda --preset base --batch 8
     python benchmarks/bench_restore.py memory --size 1080x1920 --tile auto
+    python benchmarks/bench_restore.py tiles --size 1024x1536 --tile 512
     python benchmarks/bench_restore.py cold --backend fused
     python benchmarks/bench_restore.py table benchmarks/results/restore-*.json --plot docs/images/restore-speed.svg
 
@@ -30,6 +31,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -74,6 +76,13 @@ def main(arguments: list[str] | None = None) -> int:
     memory.add_argument("--tile", default="auto")
     memory.add_argument("--precision", default="auto")
     memory.add_argument("--measured", type=Path, help=argparse.SUPPRESS)  # the inner process
+    tiles = commands.add_parser(
+        "tiles", help="a rainy picture in tiles against the untiled one, by the shipped weights"
+    )
+    tiles.add_argument("--size", type=_size, default=(1024, 1536), metavar="HxW")
+    tiles.add_argument("--tile", type=int, default=512)
+    tiles.add_argument("--steps", type=int, default=4)
+    tiles.add_argument("--threads", type=int, default=0)
     cold = commands.add_parser("cold", help="seconds from the start of a process to its first picture")
     cold.add_argument("--size", type=_size, default=(256, 256), metavar="HxW")
     for command in (memory, cold):
@@ -87,7 +96,11 @@ def main(arguments: list[str] | None = None) -> int:
     table.add_argument("records", type=Path, nargs="+")
     table.add_argument("--plot", type=Path, metavar="FILE.svg")
     options = parser.parse_args(arguments)
-    return run(lambda: {"run": _run, "memory": _memory, "cold": _cold, "table": _table}[options.command](options))
+    return run(
+        lambda: {"run": _run, "memory": _memory, "tiles": _tiles, "cold": _cold, "table": _table}[options.command](
+            options
+        )
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- latency
@@ -217,6 +230,46 @@ def _eager(reference: Reference, dtype: torch.dtype, device: torch.device, reduc
             return reference.restore(y_d.contiguous(memory_format=torch.channels_last), noise).float()
 
     return call
+
+
+# -------------------------------------------------------------------------------------------------------------- tiles
+
+
+@torch.inference_mode()
+def _tiles(options: argparse.Namespace) -> int:
+    from skimage import data
+
+    from dtpm_fast.data.degradations import degrade
+    from dtpm_fast.runtime.shipped import find_weights
+    from dtpm_fast.runtime.tiling import Tiled, windows
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    height, width = options.size
+    photo = data.astronaut().astype("float32") / 255
+    photo = np.tile(np.concatenate([photo, photo[:, ::-1]], axis=1), (-(-height // 512), -(-width // 1024), 1))
+    rainy = degrade("derain", np.ascontiguousarray(photo[:height, :width]), np.random.default_rng(0))
+    y_d = torch.from_numpy(np.ascontiguousarray(rainy)).permute(2, 0, 1)[None].float() * 2 - 1
+    weights = find_weights("light", "derain")
+    model = load_model(weights, stage=2).requires_grad_(False)
+    plan, why = choose_backend(
+        "fused", model, make_steps(weights.config, options.steps), torch.device("cpu"), "float32"
+    )
+    assert isinstance(plan, Plan)
+    noise = noise_fields(0, height, width)
+    whole = plan.restore(y_d, noise)
+    difference = (Tiled(plan, options.tile, model.multiple).restore(y_d, noise) - whole).double()
+    tiled = windows(height, width, options.tile, model.multiple)
+    rows = {window.rows.core_start for window in tiled if window.rows.core_start}
+    columns = {window.columns.core_start for window in tiled if window.columns.core_start}
+    seams = {f"row {row}": difference[:, :, row - 16 : row + 16] for row in sorted(rows)}
+    seams |= {f"column {column}": difference[..., column - 16 : column + 16] for column in sorted(columns)}
+    print(f"{height}x{width}, {len(tiled)} tiles, cores of {options.tile}, {options.steps} steps, {why}")
+    for where, part in {"picture": difference, **seams}.items():
+        psnr = 10 * np.log10(4 / float(part.square().mean()))
+        print(f"{where}: {psnr:.1f} dB, at most {float(part.abs().max()) * 127.5:.1f} levels of 255")
+    print(f"what restoring changed: {10 * np.log10(4 / float((whole - y_d).double().square().mean())):.1f} dB")
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------- memory and cold start

@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 import re
+=======
+import errno
+>>>>>>> 5a1cca8 (Tiles against the untiled picture as a benchmark command; too large for memory or disk is one line and the others are done)
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,6 +55,31 @@ def test_a_folder_gives_a_folder_and_broken_pictures_are_named(
     assert len(errors) == 2
     assert "text.png: not a readable picture" in errors[0]
     assert "truncated.jpg: not a readable picture" in errors[1]
+
+
+def test_too_large_for_memory_or_disk_is_one_line_and_the_others_are_done(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name, size in (("a.png", (8, 9)), ("huge.png", (80, 90)), ("unwritable.png", (10, 9)), ("z.png", (7, 9))):
+        Image.new("RGB", size, "red").save(folder / name)
+    monkeypatch.setattr("dtpm_fast.runtime.memory.free_memory", lambda _: 60 * 80 * 90 - 1)
+    save = Image.Image.save
+
+    def full(self: Image.Image, *given: object, **named: object) -> None:
+        if self.size == (10, 9):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, *given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    given = [str(folder), "-o", str(out), "--task", "derain", "--weights", weights, "--device", "cpu", "--steps", "1"]
+    assert main(given) == 1
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "z.png"]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert "huge.png: a picture of 80x90 pixels: not enough memory" in errors[0]
+    assert "unwritable.png: could not be written (No space left on device)" in errors[1]
 
 
 def test_one_photo_goes_to_a_file_and_the_same_seed_gives_the_same_bytes(
