@@ -7,6 +7,7 @@ template <int V, int MR>
 class Engine {
     typedef float vec __attribute__((vector_size(V * sizeof(float)), aligned(4), may_alias));
     static constexpr long PANEL = 48;  // pixels that go through all products of a block together, a multiple of MR
+    static constexpr long BLOCK = 64;  // inputs that are summed at a stretch: the error of longer sums grows with them
     static constexpr long PAD = 2 * V;  // keeps rows of 4096 bytes out of one cache set
 
 public:
@@ -292,6 +293,20 @@ private:
             store(to + c, (load(x + c) - mean) * inverse * load(scale + c) + load(shift + c));
     }
 
+    // sums += a tile's products over inputs [first, last).
+    __attribute__((always_inline)) static inline void accumulate(const float* const (&row)[MR], const float* weight,
+                                                                 long first, long last, vec (&sums)[MR][2]) {
+        const float* w = weight + first * 2 * V;
+        for (long i = first; i < last; ++i, w += 2 * V) {
+            const vec w0 = load(w), w1 = load(w + V);
+#pragma GCC unroll 8
+            for (int r = 0; r < MR; ++r) {
+                sums[r][0] += row[r][i] * w0;
+                sums[r][1] += row[r][i] * w1;
+            }
+        }
+    }
+
     // take(pixel, panel, first V outputs, next V outputs) for all n pixels of `input` (rows `stride` apart, readable up
     // to a multiple of MR rows) and all panels of weights.
     template <class Take>
@@ -302,14 +317,11 @@ private:
                 const float* row[MR];
                 for (int r = 0; r < MR; ++r) row[r] = input + (first + r) * stride;
                 vec sums[MR][2] = {};
-                const float* w = weight;
-                for (long i = 0; i < inputs; ++i, w += 2 * V) {
-                    const vec w0 = load(w), w1 = load(w + V);
-#pragma GCC unroll 8
-                    for (int r = 0; r < MR; ++r) {
-                        sums[r][0] += row[r][i] * w0;
-                        sums[r][1] += row[r][i] * w1;
-                    }
+                accumulate(row, weight, 0, std::min(inputs, BLOCK), sums);
+                for (long i = BLOCK; i < inputs; i += BLOCK) {
+                    vec part[MR][2] = {};
+                    accumulate(row, weight, i, std::min(inputs, i + BLOCK), part);
+                    for (int r = 0; r < MR; ++r) sums[r][0] += part[r][0], sums[r][1] += part[r][1];
                 }
                 const long m = std::min<long>(MR, n - first);
                 if (m == MR) {
