@@ -4,7 +4,7 @@ A block is two passes over its map, split where channel attention needs the mean
 compute, how weights are packed and what is fused is said in csrc/nafnet/unet.h; the folding is FoldedUNet's own.
 """
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class CpuBlock(nn.Module):
         b, height, width, channels = x.shape
         strips = -(-width // _nafnet.strip_width(height, width, channels))
         gated, sums = torch.empty_like(x), x.new_empty(b, height * strips, channels)
-        how = {"threads": torch.get_num_threads(), "isa": self.isa}
+        how: dict[str, Any] = {"threads": torch.get_num_threads(), "isa": self.isa}
         _nafnet.spread(
             x.numpy(), scale1, shift1, self.conv1.numpy(), self.conv1_bias.numpy(),
             self.depthwise.numpy(), self.depthwise_bias.numpy(), gated.numpy(), sums.numpy(), **how,

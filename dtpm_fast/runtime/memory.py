@@ -10,15 +10,15 @@ from dtpm_fast.errors import UserError
 from dtpm_fast.runtime.tiling import OVERLAP
 
 # Maps of C channels at full size that live at once at the worst moment of a plan's step, bias maps of all levels
-# included; measured (benchmarks/bench_restore.py memory) and rounded up.
-MAPS = 20
+# included, by the plan's form; measured (benchmarks/bench_restore.py memory) and rounded up.
+MAPS = {"folded": 20, "kernels": 20, "native": 11}
 CPU_BUDGET = 2 << 30  # bytes: a laptop runs other things as well
 TILES = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128)
 
 
-def needed(config: ModelConfig, pixels: int, dtype: torch.dtype) -> int:
+def needed(config: ModelConfig, pixels: int, dtype: torch.dtype, form: str = "folded") -> int:
     """Bytes that a plan takes beyond its weights for a batch of so many pixels."""
-    return pixels * (MAPS * config.width * dtype.itemsize + 12 * torch.float32.itemsize)
+    return pixels * (MAPS[form] * config.width * dtype.itemsize + 12 * torch.float32.itemsize)
 
 
 def free_memory(device: torch.device) -> int:
@@ -48,13 +48,15 @@ def whole(batch: int, height: int, width: int) -> int:
     return 5 * 12 * batch * height * width
 
 
-def choose_tile(config: ModelConfig, batch: int, height: int, width: int, dtype: torch.dtype, free: int) -> int | None:
+def choose_tile(
+    config: ModelConfig, batch: int, height: int, width: int, dtype: torch.dtype, free: int, form: str = "folded"
+) -> int | None:
     """The core of the largest tiles that fit into `free` bytes; None where the whole picture fits."""
-    if needed(config, batch * height * width, dtype) <= free:
+    if needed(config, batch * height * width, dtype, form) <= free:
         return None
     pictures = whole(batch, height, width)
     for core in TILES:
-        if needed(config, batch * (core + 2 * OVERLAP) ** 2, dtype) + pictures <= free:
+        if needed(config, batch * (core + 2 * OVERLAP) ** 2, dtype, form) + pictures <= free:
             return core
     return TILES[-1]
 

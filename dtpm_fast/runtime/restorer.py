@@ -178,7 +178,7 @@ class Restorer:
         batch, _, height, width = y_d.shape
         plan, core = self._plan(), self.tile if isinstance(self.tile, int) else None
         if self.tile == "auto" and plan is not None:
-            core = choose_tile(self.config.model, batch, height, width, plan.dtype, budget(self.device))
+            core = choose_tile(self.config.model, batch, height, width, plan.dtype, budget(self.device), plan.form)
             if core is not None:
                 logger.info("%dx%d: in tiles of %d pixels, because the memory asks for it", width, height, core)
         while True:
