@@ -169,9 +169,14 @@ class Restorer:
         check_fits(batch.shape[0], height, width, self.device)
         tall, wide = (round_up(side, self.model.multiple) for side in (height, width))
         noise = pad_to(noise_fields(self.seed, height, width, self.steps.noise_fields), tall, wide).to(self.device)
-        y_d = to_network(pad_to(batch.to(self.device), tall, wide)).contiguous(memory_format=torch.channels_last)
-        restored = self._with_memory(y_d, noise, what)
-        return from_network(restored[..., :height, :width], batch.dtype)
+        # Triton and graph captures run on the current device, which need not be this one.
+        current: AbstractContextManager[Any] = nullcontext()
+        if self.device.type == "cuda":
+            current = torch.cuda.device(self.device)
+        with current:
+            y_d = to_network(pad_to(batch.to(self.device), tall, wide)).contiguous(memory_format=torch.channels_last)
+            restored = self._with_memory(y_d, noise, what)
+            return from_network(restored[..., :height, :width], batch.dtype)
 
     def _with_memory(self, y_d: Tensor, noise: Tensor, what: Work) -> Tensor:
         """The whole picture at once, or in tiles, which are halved for as long as the memory runs out."""

@@ -1,8 +1,5 @@
-<<<<<<< HEAD
-import re
-=======
 import errno
->>>>>>> 5a1cca8 (Tiles against the untiled picture as a benchmark command; too large for memory or disk is one line and the others are done)
+import re
 import subprocess
 import sys
 from collections.abc import Callable
