@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--weights", default="light")
     parser.add_argument("--task", default="derain")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--formats", nargs="+", default=["onnx", "aoti"], choices=["onnx", "aoti"])
+    parser.add_argument("--formats", nargs="+", default=["onnx", "aoti"], choices=["onnx", "aoti", "tensorrt"])
     parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16", "bf16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", type=int, default=256)
@@ -106,8 +106,10 @@ def exported(options: argparse.Namespace, kind: str, folder: Path) -> dict[str, 
         sys.executable, "-m", "dtpm_fast.commands.export", "--task", options.task, "--weights", options.weights,
         "--steps", str(options.steps), "--format", kind, "--precision", options.precision, "-o", str(folder),
     ]  # fmt: skip
-    if kind == "aoti":
+    if kind != "onnx":
         command += ["--device", options.device]
+    if kind == "tensorrt":
+        command += ["--bucket", f"{options.size}x{options.size}"]
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,7 +1,7 @@
 """From weights to a folder: graphs, comparison, manifest, and only then the folder's name."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +27,9 @@ from dtpm_fast.export.manifest import (
 )
 from dtpm_fast.export.onnx_graph import in_float32, write_onnx
 from dtpm_fast.export.ort import OrtStepper, bound_run, open_session
+from dtpm_fast.export.tensorrt_buckets import buckets_of
+from dtpm_fast.export.tensorrt_export import EngineOptions, compare_engines, replace_graphs
+from dtpm_fast.export.tensorrt_layers import Layer
 from dtpm_fast.export.triton_server import NETWORK, write_repository
 from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.reference import Reference
@@ -55,15 +58,21 @@ def export_folder(
     precision: str = "fp32",
     unrolled: bool = False,
     device: torch.device = CPU,
+    engines: EngineOptions | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Write `prepare` and `step` ("onnx": restore.onnx as well with `unrolled`; "triton": a model repository around it)
     and the manifest to the folder `target`.
 
     The result of the files is compared with the plain float32 model before the folder gets its name. `device` is what
-    "aoti" compiles for. `report` is told what is being done. Raises `UserError`: weights of stage I, steps outside
-    1..T, gated adapters, a target that exists, a full disk, and a graph that differs from the model.
+    "aoti" and "tensorrt" build for; `engines` holds the choices for "tensorrt", and makes the network of "triton" an
+    engine. `report` is told what is being done. Raises `UserError`: weights of stage I, steps outside 1..T, gated
+    adapters, a target that exists, a full disk, and a graph that differs from the model.
     """
+    if kind == "tensorrt" and engines is None:
+        engines = EngineOptions()
+    if engines is not None:
+        engines.check(device, kind)
     if unrolled and (steps > MOST_UNROLLED or kind != "onnx"):
         raise UserError(
             f"--unrolled with {steps} steps as {kind}: offered for onnx and up to {MOST_UNROLLED} steps; use prepare "
@@ -94,12 +103,17 @@ def export_folder(
         found = []
         if "step" in graphs.parts:
             stepper: ExportedStepper
-            stepper = OrtStepper(folder, manifest, CPU) if kind == "onnx" else AotiStepper(folder, manifest, device)
+            stepper = AotiStepper(folder, manifest, device) if kind == "aoti" else OrtStepper(folder, manifest, CPU)
             sizes = ((2, 3 * m, 5 * m), (1, m, 2 * m))
             found += [difference(stepped(stepper), reference, *size, seed=1) for size in sizes]
         if "restore" in graphs.parts:
             found.append(difference(whole(folder, manifest), reference, 2, 5 * m, 3 * m, seed=2))
         accept(found, manifest)
+        if engines is not None:
+            layers = replace_graphs(folder, manifest, engines, device, report)
+            report("comparing engines")
+            manifest.compared.clear()  # the engines are what runs
+            accept(compare_engines(folder, manifest, reference, device), manifest, layers)
         if kind == "triton":
             write_repository(folder, manifest)
         write_manifest(folder, manifest)
@@ -111,9 +125,11 @@ def verify(folder: Path, manifest: Manifest, weights: Weights, stepper: Exported
     outside its bound."""
     model = load_model(weights, stage=2).requires_grad_(False)
     reference = Reference(model, manifest.steps)
-    m = manifest.multiple
+    m, buckets = manifest.multiple, buckets_of(manifest.engine)
     found = []
     for batch, h, w in ((1, 1, 1), (1, 3, 7), (3, 5, 2), (1, 8, 8), (2, 4, 11), (1, 9, 16)):
+        if buckets and not any(bucket.holds(batch, h * m, w * m) for bucket in buckets):
+            continue
         found.append(difference(stepped(stepper), reference, batch, h * m, w * m, seed=h))
         if "restore" in manifest.graphs:
             found.append(difference(whole(folder, manifest), reference, batch, h * m, w * m, seed=h))
@@ -168,10 +184,15 @@ def manifest_of(kind: str, weights: Weights, sampler: Steps, precision: str, gra
     )
 
 
-def accept(found: list[Difference], manifest: Manifest) -> None:
-    """Enter the comparison into the manifest. Raises `UserError` when one is outside its bound."""
+def accept(found: list[Difference], manifest: Manifest, layers: Sequence[Layer] = ()) -> None:
+    """Enter the comparison into the manifest. Raises `UserError` when one is outside its bound, with the worst of the
+    layers if they were compared."""
     for one in found:
-        check(one, manifest.precision)
+        try:
+            check(one, manifest.precision)
+        except UserError as error:
+            worst = min(layers, key=lambda layer: layer.rank, default=None)
+            raise UserError(f"{error}; worst layer: {worst}" if worst else str(error)) from error
         manifest.compared.append(
             {
                 "size": [one.batch, 3, one.height, one.width],
@@ -196,7 +217,7 @@ def whole(folder: Path, manifest: Manifest) -> Callable[[Tensor, Tensor], Tensor
 
 
 def _file(kind: str, name: str) -> str:
-    return {"onnx": f"{name}.onnx", "aoti": f"{name}.pt2", "triton": NETWORK}[kind]
+    return {"onnx": f"{name}.onnx", "tensorrt": f"{name}.onnx", "aoti": f"{name}.pt2", "triton": NETWORK}[kind]
 
 
 def _versions(kind: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """ONNX files from the graphs: opset 18 (22 with bfloat16), standard operators, named dynamic sides, one file each."""
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Sequence
@@ -64,6 +65,20 @@ def write_onnx(
     if foreign or model.functions:
         raise UserError(f"{file.name}: holds operators outside the ONNX standard ({', '.join(foreign)})")
     file.write_bytes(model.SerializeToString())
+
+
+def structure(file: Path) -> str:
+    """SHA-256 of a graph without the values of its floating-point weights: two graphs that share it differ in their
+    weights alone."""
+    import onnx
+    from onnx import TensorProto
+
+    model = onnx.load(file)
+    for tensor in model.graph.initializer:
+        if tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16):
+            for values in ("raw_data", "float_data", "int32_data"):
+                tensor.ClearField(values)
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
 
 
 def in_float32(file: Path) -> bytes:

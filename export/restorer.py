@@ -12,6 +12,7 @@ from dtpm_fast.export.aoti import AotiStepper
 from dtpm_fast.export.compare import ExportedStepper
 from dtpm_fast.export.manifest import Manifest, read_manifest
 from dtpm_fast.export.ort import OrtStepper
+from dtpm_fast.export.tensorrt_stepper import TensorRTStepper
 from dtpm_fast.runtime.noise import noise_fields
 from dtpm_fast.runtime.photo import from_network, open_photo, pad_to, round_up, to_network
 
@@ -48,11 +49,13 @@ def open_stepper(
     folder: Path, manifest: Manifest, device: str = "auto", threads: int = 0
 ) -> tuple[ExportedStepper, torch.device, str]:
     """The folder's `prepare` and `step`, its device, and one line that says why that device."""
-    if device == "auto" and manifest.kind == "aoti":
+    if device == "auto" and manifest.kind in ("aoti", "tensorrt"):
         device = manifest.engine["device"]
     chosen, why = choose_device(device)
     if manifest.kind == "onnx":
         return OrtStepper(folder, manifest, chosen, threads), chosen, f"ONNX Runtime, device {why}"
     if manifest.kind == "aoti":
         return AotiStepper(folder, manifest, chosen), chosen, f"AOTInductor, device {why}"
+    if manifest.kind == "tensorrt":
+        return TensorRTStepper(folder, manifest, chosen), chosen, f"TensorRT, device {why}"
     raise UserError(f"{folder}: an export of kind {manifest.kind!r}, which this version does not run")

@@ -1,10 +1,11 @@
-"""A model repository for NVIDIA's Triton Inference Server: the unrolled network in its ONNX Runtime backend, and a
-model in its Python backend that takes photos of any size."""
+"""A model repository for NVIDIA's Triton Inference Server: the unrolled network in its ONNX Runtime or its TensorRT
+backend, and a model in its Python backend that takes photos of any size."""
 
 import shutil
 from pathlib import Path
 
 from dtpm_fast.export.manifest import Manifest, TensorSpec
+from dtpm_fast.export.tensorrt_buckets import buckets_of
 
 NETWORK = "dtpm_network/1/model.onnx"
 SOURCE = Path(__file__).parent / "server" / "model.py"
@@ -16,7 +17,12 @@ def write_repository(folder: Path, manifest: Manifest) -> None:
     graph = manifest.graphs["restore"]
     inputs = "\n".join(_tensor("input", spec) for spec in graph.inputs)
     outputs = "\n".join(_tensor("output", spec) for spec in graph.outputs)
-    network = f'name: "dtpm_network"\nbackend: "onnxruntime"\nmax_batch_size: 0\n{inputs}\n{outputs}\n'
+    buckets = buckets_of(manifest.engine)
+    backend = "tensorrt" if buckets else "onnxruntime"
+    network = f'name: "dtpm_network"\nbackend: "{backend}"\nmax_batch_size: 0\n{inputs}\n{outputs}\n'
+    if buckets:  # without the list the server knows the first profile only
+        profiles = ", ".join(f'"{i}"' for i in range(len(buckets)))
+        network += f"instance_group {{ kind: KIND_GPU count: 1 profile: [ {profiles} ] }}\n"
     (folder / "dtpm_network" / "config.pbtxt").write_text(network)
     (folder / "dtpm" / "1").mkdir(parents=True)
     shutil.copyfile(SOURCE, folder / "dtpm" / "1" / "model.py")

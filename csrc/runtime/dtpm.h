@@ -1,4 +1,4 @@
-/* Restores photos with a folder that `dtpm-export --format aoti` wrote: image in, image out, no Python.
+/* Restores photos with a folder that `dtpm-export --format aoti` or `tensorrt` wrote: image in, image out, no Python.
  *
  * Every function that can fail returns one of the codes below; dtpm_last_error() then says why, in one line. A restorer
  * may be used by one thread at a time; several restorers are independent. The folder holds native code: open only

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cctype>
+#include <cstdint>
 #include <fstream>
 #include <sstream>
 #include <stdexcept>
@@ -17,11 +18,29 @@ struct BadFolder : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+struct Bucket {
+  int batch = 0, height = 0, width = 0;
+};
+
 struct Manifest {
-  std::string kind, task, precision, device, torch;
+  std::string kind, task, precision, device;
+  std::string tensorrt, compute_capability, gpu;  // where engines were built; empty for other kinds
+  std::vector<Bucket> buckets;                    // one optimisation profile each
   int multiple = 0, noise_fields = 0;
   std::vector<double> sigmas;  // one per step
   std::string prepare, step;   // file names
+
+  // The index of the smallest bucket that holds one picture of this size, -1 when none does.
+  int bucket(int64_t height, int64_t width) const {
+    int found = -1;
+    double smallest = 0;
+    for (size_t i = 0; i < buckets.size(); ++i) {
+      const double size = double(buckets[i].batch) * buckets[i].height * buckets[i].width;
+      if (height > buckets[i].height || width > buckets[i].width || (found >= 0 && size >= smallest)) continue;
+      found = static_cast<int>(i), smallest = size;
+    }
+    return found;
+  }
 };
 
 inline Manifest read_manifest(const std::string& folder) {
@@ -48,7 +67,14 @@ inline Manifest read_manifest(const std::string& folder) {
     found.prepare = content["graphs"]["prepare"]["file"].text;
     found.step = content["graphs"]["step"]["file"].text;
     found.device = content["engine"].has("device") ? content["engine"]["device"].text : "cpu";
-    found.torch = content["versions"].has("torch") ? content["versions"]["torch"].text : "unknown";
+    if (found.kind == "tensorrt") {
+      const Json& engine = content["engine"];
+      found.tensorrt = engine["tensorrt"].text;
+      found.compute_capability = engine["compute_capability"].text;
+      found.gpu = engine["gpu"].text;
+      for (const Json& b : engine["buckets"].items)
+        found.buckets.push_back({int(b["batch"].number), int(b["height"].number), int(b["width"].number)});
+    }
     if (found.multiple < 1 || found.sigmas.empty() || found.noise_fields < 1) throw std::runtime_error("bad numbers");
     for (const auto& [name, entry] : content["files"].members) {
       std::ifstream part(folder + "/" + name, std::ios::binary);

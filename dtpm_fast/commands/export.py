@@ -14,10 +14,12 @@ from dtpm_fast.tasks import TASKS
 EXAMPLE = """examples:
   dtpm-export --task derain --steps 4 -o derain-onnx
   dtpm-export --task derain --format aoti -o derain-aoti
+  dtpm-export --task derain --format tensorrt --precision fp16 --bucket 1088x1920 -o derain-trt
   dtpm-export --task deblur --weights runs/deblur/weights.safetensors --precision fp16 --verify -o deblur-fp16
 The folder appears only when it is complete and its result has been compared with the model's on random input.
 manifest.json says how to use it; docs/export.md explains."""
-FORMATS = ("onnx", "aoti", "triton")
+BUCKETS = ("512x512", "1088x1920")
+FORMATS = ("onnx", "tensorrt", "aoti", "triton")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,10 +34,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=4, metavar="S", help="steps of the sampler (default: 4)")
     parser.add_argument("--weights", default="light", help="weights file, or the name of shipped ones (default: light)")
     parser.add_argument("--format", default="onnx", choices=FORMATS, help="default: onnx")
-    parser.add_argument("--device", default="cpu", help="what aoti is compiled for: cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--device", help="what aoti is compiled for: cpu or cuda (default: cpu); engines are built for cuda[:N]"
+    )
     parser.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16"), help="default: fp32")
     parser.add_argument("--unrolled", action="store_true", help="also restore.onnx, all steps in one graph (S <= 4)")
     parser.add_argument("--verify", action="store_true", help="compare at six sizes and print the differences")
+    engines = parser.add_argument_group("engines (--format tensorrt, or triton with --network tensorrt)")
+    engines.add_argument("--network", default="onnx", choices=("onnx", "tensorrt"), help="of triton (default: onnx)")
+    engines.add_argument(
+        "--bucket", action="append", metavar="[BATCHx]HxW", help="largest size of a profile; again for more profiles "
+        f"(default: {' and '.join(BUCKETS)})",
+    )  # fmt: skip
+    engines.add_argument("--timing-cache", type=Path, metavar="FILE", help="default: the user's, by version and GPU")
+    engines.add_argument("--fixed-weights", action="store_true", help="weights cannot be exchanged; may run faster")
+    engines.add_argument("--layers", action="store_true", help="compare every layer and keep the report (layers.json)")
+    engines.add_argument(
+        "--refit", type=Path, metavar="DIR", help="take the engines of this export and exchange their weights"
+    )
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="DIR", help="a folder that is not there yet"
     )
@@ -47,15 +63,36 @@ def _export(options: argparse.Namespace) -> int:
     from dtpm_fast.device import choose_device
     from dtpm_fast.export.exporter import export_folder, verify  # imports torch: not for --help
     from dtpm_fast.export.restorer import open_stepper
+    from dtpm_fast.export.tensorrt_api import tensorrt
+    from dtpm_fast.export.tensorrt_export import EngineOptions
+    from dtpm_fast.export.tensorrt_layers import read_layers
     from dtpm_fast.runtime.shipped import find_weights
 
-    device, _ = choose_device(options.device)
-    if options.format != "aoti" and device.type != "cpu":
+    with_engines = options.format == "tensorrt" or (options.format == "triton" and options.network == "tensorrt")
+    if options.network != "onnx" and options.format != "triton":
+        raise UserError("--network says what --format triton serves; leave it out")
+    asked = [name for name in ("bucket", "timing_cache", "fixed_weights", "layers", "refit") if getattr(options, name)]
+    if asked and not with_engines:
+        raise UserError(f"--{asked[0].replace('_', '-')}: is about TensorRT engines; add --format tensorrt")
+    if options.refit and (options.bucket or options.fixed_weights):
+        raise UserError("--refit takes the engines as they are; leave --bucket and --fixed-weights out")
+    if with_engines:
+        tensorrt()  # a missing TensorRT is said before a missing GPU
+    device, _ = choose_device(options.device or ("cuda" if with_engines else "cpu"))
+    if not with_engines and options.format != "aoti" and device.type != "cpu":
         raise UserError("--device: an ONNX file is for no device in particular; leave it out")
     if options.verify and options.format == "triton":
-        raise UserError("--verify compares onnx and aoti folders; a model repository is compared as it is written")
+        raise UserError(
+            "--verify compares other folders than triton's; a model repository is compared as it is written"
+        )
+    engines = None
+    if with_engines:
+        engines = EngineOptions(
+            options.bucket or BUCKETS, not options.fixed_weights, options.timing_cache, options.layers, options.refit
+        )
     weights = find_weights(options.weights, options.task)
-    with tqdm(total=4 + options.unrolled, disable=None, bar_format="{desc}: {n_fmt}/{total_fmt} {elapsed}") as bar:
+    total = 4 + options.unrolled + (3 + options.layers if engines else 0)
+    with tqdm(total=total, disable=None, bar_format="{desc}: {n_fmt}/{total_fmt} {elapsed}") as bar:
 
         def report(stage: str) -> None:
             bar.set_description(stage)
@@ -63,15 +100,19 @@ def _export(options: argparse.Namespace) -> int:
 
         manifest = export_folder(
             weights, options.output, kind=options.format, steps=options.steps, precision=options.precision,
-            unrolled=options.unrolled, device=device, report=report,
+            unrolled=options.unrolled, device=device, engines=engines, report=report,
         )  # fmt: skip
     one = manifest.compared[0]
     print(
         f"{options.output}: {manifest.kind}, {manifest.task}, {options.steps} steps, {manifest.precision}; "
         f"against the model in float32: max difference {one['max_abs']:.2e}, PSNR {one['psnr_db']:.1f} dB"
     )
+    if options.layers:
+        print(f"the ten worst of the layers in {options.output / 'layers.json'}:")
+        for layer in sorted(read_layers(options.output), key=lambda layer: layer.rank)[:10]:
+            print(layer)
     if options.verify:
-        stepper, _, why = open_stepper(options.output, manifest, options.device)
+        stepper, _, why = open_stepper(options.output, manifest, str(device))
         print(f"{why} against PyTorch in float32, {options.steps} steps:")
         for found in verify(options.output, manifest, weights, stepper):
             print(found)

@@ -3,6 +3,7 @@ the server that runs the network in ONNX Runtime."""
 
 import importlib.util
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_tensorrt import Fake, replace_cuda
 
 from dtpm_fast.errors import UserError
 from dtpm_fast.export.exporter import export_folder
 from dtpm_fast.export.manifest import read_manifest
 from dtpm_fast.export.ort import open_session
+from dtpm_fast.export.tensorrt_export import EngineOptions, compare_engines, replace_graphs
+from dtpm_fast.export.triton_server import write_repository
 from dtpm_fast.runtime.reference import Reference
 from dtpm_fast.runtime.sampler import sample
 from dtpm_fast.weights_file import Weights, load_model
@@ -126,6 +130,33 @@ def test_the_configuration_fits_the_schema(repository: Path) -> None:
         ("noise", schema.TYPE_FP32, [1, 3, -1, -1]),
         ("restored", schema.TYPE_FP32, [-1, 3, -1, -1]),
     ]
+
+
+def test_an_engine_as_the_network(
+    repository: Path, plain_weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_cuda(Fake("11.4.0.106"), monkeypatch)
+    cpu, folder = torch.device("cpu"), tmp_path / "models"
+    shutil.copytree(repository, folder)
+    shutil.rmtree(folder / "dtpm")
+    manifest = read_manifest(repository)
+    options = EngineOptions(("16x16", "2x24x40"), timing_cache=tmp_path / "cache")
+    replace_graphs(folder, manifest, options, cpu, lambda stage: None)
+    write_repository(folder, manifest)
+    assert [path.name for path in (folder / "dtpm_network" / "1").iterdir()] == ["model.plan"]
+    reference = Reference(load_model(plain_weights, 2).requires_grad_(False), manifest.steps)
+    found = compare_engines(folder, manifest, reference, cpu)
+    assert len(found) == 4 and all(one.max_abs <= 1e-4 for one in found)
+    config = (folder / "dtpm_network" / "config.pbtxt").read_text()
+    assert 'backend: "tensorrt"' in config and 'profile: [ "0", "1" ]' in config
+    schema = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="tritonclient is not installed")
+    from google.protobuf import text_format
+
+    network = text_format.Parse(config, schema.ModelConfig())
+    assert [(group.kind, list(group.profile)) for group in network.instance_group] == [
+        (schema.ModelInstanceGroup.KIND_GPU, ["0", "1"])
+    ]
+    assert [(i.name, list(i.dims)) for i in network.input] == [("image", [-1, 3, -1, -1]), ("noise", [1, 3, -1, -1])]
 
 
 def test_many_steps_are_refused(tmp_path: Path, plain_weights: Weights) -> None:
