@@ -71,12 +71,12 @@ def compare_layers(folder: Path, manifest: Manifest, timing_cache: Path | None, 
             operators = _write_opened(folder / graph.file, opened, [spec.name for spec in graph.outputs])
             session = open_session(in_float32(opened), torch.device("cpu"))
             inputs = [spec.name for spec in graph.inputs]
-            names = [output.name for output in session.get_outputs()]
+            names = list(operators)
             values = session.run(names, {key: given[key].numpy() for key in inputs})
             expected = {key: torch.from_numpy(value) for key, value in zip(names, values, strict=True)}
             engine = Engine(build_engine(opened.read_bytes(), f"{name} with every layer", graph, m, settings), name)
         got = run_once(engine, 0, given, device)
-        found += [_layer(name, key, operators[key], expected[key], got[key]) for key in names]
+        found += [layer_of(name, key, operators[key], expected[key], got[key]) for key in names]
         given.update({spec.name: expected[spec.name] for spec in graph.outputs})
     return found
 
@@ -93,7 +93,8 @@ def read_layers(folder: Path) -> list[Layer]:
 
 
 def _write_opened(source: Path, target: Path, outputs: list[str]) -> dict[str, str]:
-    """The graph with every float map of `OPERATORS` as an output; returns the operator of every output."""
+    """The graph with every float map of `OPERATORS` as an output; returns the operators of all outputs, in
+    the order in which they are computed."""
     import onnx
     from onnx import TensorProto
 
@@ -114,7 +115,8 @@ def _write_opened(source: Path, target: Path, outputs: list[str]) -> dict[str, s
     return operators
 
 
-def _layer(graph: str, name: str, operator: str, expected: Tensor, got: Tensor) -> Layer:
+def layer_of(graph: str, name: str, operator: str, expected: Tensor, got: Tensor) -> Layer:
+    """One row from the reference's values and the engine's."""
     reference, value = expected.double(), got.cpu().double()
     peak = float(reference.abs().max())
     if not bool(value.isfinite().all()):

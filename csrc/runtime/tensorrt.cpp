@@ -11,6 +11,7 @@
 #include <iterator>
 #include <list>
 #include <map>
+#include <mutex>
 #include <vector>
 
 #include "backend.hpp"
@@ -30,19 +31,22 @@ void check(cudaError_t code, const char* what) {
 class Log : public nvinfer1::ILogger {
  public:
   void log(Severity severity, const char* message) noexcept override {
-    if (severity > Severity::kERROR || !first_.empty()) return;
+    if (severity > Severity::kERROR) return;
     try {
-      first_ = message;
+      const std::lock_guard<std::mutex> alone(mutex_);  // TensorRT reports from threads of its own
+      if (first_.empty()) first_ = message;
     } catch (...) {  // no memory for the message: the failure itself is still reported
     }
   }
   std::string take() {
+    const std::lock_guard<std::mutex> alone(mutex_);
     const std::string found = first_.empty() ? "TensorRT gave no reason" : first_.substr(0, first_.find('\n'));
     first_.clear();
     return found;
   }
 
  private:
+  std::mutex mutex_;
   std::string first_;
 };
 
@@ -266,9 +270,9 @@ class TensorRT : public Backend {
       throw;
     }
     check(cudaStreamEndCapture(stream_.handle, &graph), "cudaStreamEndCapture");
-    const cudaError_t made = cudaGraphInstantiate(&size.graph, graph, 0);
+    const cudaError_t made = cudaGraphInstantiateWithFlags(&size.graph, graph, 0);
     cudaGraphDestroy(graph);
-    check(made, "cudaGraphInstantiate");
+    check(made, "cudaGraphInstantiateWithFlags");
   }
 
   void steps(Size& size) {

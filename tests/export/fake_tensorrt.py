@@ -8,6 +8,7 @@ graphs replay the recorded operations on the same memory.
 
 import ctypes
 import functools
+import hashlib
 import inspect
 import json
 import sys
@@ -248,9 +249,10 @@ def _classes(fake: Fake) -> list[type]:
                 self._logger.log(fake.module.ILogger.Severity.ERROR, problem)
                 return None
             profiles = [p._shapes for p in config._profiles]
-            known = config._cache is not None and network._onnx[:64] in config._cache._content
+            mark = hashlib.sha256(network._onnx).digest()
+            known = config._cache is not None and mark in config._cache._content
             if config._cache is not None and not known:
-                config._cache._content += network._onnx[:64]
+                config._cache._content += mark
             fake.builds.append({"flags": sorted(config._flags), "profiles": profiles, "timed_before": known})
             header = {"version": fake.version, "profiles": profiles, "refit": "BuilderFlag.REFIT" in config._flags}
             return IHostMemory(json.dumps(header).encode() + b"\n" + network._onnx)
