@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dtpm_fast.export.manifest import read_manifest, write_manifest
 from dtpm_fast.runtime.noise import noise_fields
+from dtpm_fast.runtime.photo import from_network, to_network
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 SOURCE = Path(__file__).parents[2] / "csrc" / "runtime"
@@ -48,6 +50,61 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{SOURCE}"]
     subprocess.run(["g++", *flags, folder / "parts.cpp", "-o", folder / "parts"], check=True)
     return folder / "parts"
+
+
+BACKEND = """
+#include "backend.hpp"
+struct Mix : dtpm::Backend {
+  int fields;
+  void restore(const float* image, const float* noise, int64_t height, int64_t width, float* restored) override {
+    const int64_t size = 3 * height * width;
+    for (int64_t i = 0; i < size; ++i) restored[i] = image[i] + 0.2f * noise[(fields - 1) * size + i];
+  }
+};
+std::unique_ptr<dtpm::Backend> dtpm::open_aoti(const std::string&, const Manifest& manifest) {
+  auto mix = std::make_unique<Mix>();
+  mix->fields = manifest.noise_fields;
+  return mix;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def mixer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example over a backend that mixes the picture with its last noise field."""
+    folder = tmp_path_factory.mktemp("mixer")
+    (folder / "backend.cpp").write_text(BACKEND)
+    flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-DDTPM_AOTI", f"-I{SOURCE}"]
+    subprocess.run(["gcc", *flags, "-c", SOURCE / "example" / "restore_ppm.c", "-o", folder / "example.o"], check=True)
+    sources = [SOURCE / "dtpm.cpp", folder / "backend.cpp", folder / "example.o"]
+    subprocess.run(["g++", "-std=c++20", *flags, *sources, "-o", folder / "mixer"], check=True)
+    return folder / "mixer"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 17), (8, 16), (37, 51)], ids=str)
+def test_pictures_are_padded_and_cropped_as_in_python(
+    mixer: Path, full_export: Path, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    shutil.copytree(full_export, tmp_path / "x")
+    manifest = read_manifest(full_export)
+    write_manifest(tmp_path / "x", dataclasses.replace(manifest, kind="aoti", engine={"device": "cpu"}))
+    photo = np.random.default_rng(2).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(photo).save(tmp_path / "in.ppm")
+    done = subprocess.run([mixer, tmp_path / "x", tmp_path / "in.ppm", tmp_path / "out.ppm", "5"], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    noise = noise_fields(5, *size, fields=manifest.noise_fields)[-1]
+    expected = from_network(to_network(torch.from_numpy(photo).permute(2, 0, 1)) + 0.2 * noise, torch.uint8)
+    restored = torch.from_numpy(np.array(Image.open(tmp_path / "out.ppm"))).permute(2, 0, 1)
+    assert (restored.int() - expected.int()).abs().max() <= 1
+    assert (restored != expected).float().mean() < 0.01  # an ulp of the noise, at a half
+
+
+def test_a_kind_that_was_not_built_in(mixer: Path, full_export: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (9, 8)).save(tmp_path / "in.ppm")
+    command = [mixer, full_export, tmp_path / "in.ppm", tmp_path / "out.ppm"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and not (tmp_path / "out.ppm").exists()
+    assert 'an export of kind "onnx"; this build runs: aoti (dtpm-export --format)' in done.stderr
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3), (8, 8), (3, 17), (37, 51)], ids=str)
