@@ -120,7 +120,7 @@ def test_every_version_is_served_by_one_path(
     manifest = read_manifest(folder)
     assert manifest.engine["tensorrt"] == version and manifest.engine["compute_capability"] == "8.9"
     assert [build["flags"] for build in fake.builds] == [[], []]
-    assert all(found.max_abs <= 1e-4 for found in compare_engines(folder, manifest, reference, CPU))
+    assert all(found.psnr_db >= 60 for found in compare_engines(folder, manifest, reference, CPU))
     with pytest.raises(UserError, match="built with --fixed-weights"):
         TensorRTStepper(folder, manifest, CPU).refit({})
 
@@ -141,7 +141,7 @@ def test_the_steps_are_one_graph_that_replays(engines: Path, reference: Referenc
     assert len(graphs) == 3 and graphs[0].replays == 4
 
 
-def test_prepare_and_step_one_by_one(engines: Path, reference: Reference, fake: Fake) -> None:
+def test_prepare_and_step_one_by_one(engines: Path, full_export: Path, fake: Fake) -> None:
     manifest = read_manifest(engines)
     stepper = TensorRTStepper(engines, manifest, CPU)
     image, x = torch.rand(1, 3, 16, 8) * 2 - 1, torch.randn(1, 3, 16, 8)
@@ -149,10 +149,10 @@ def test_prepare_and_step_one_by_one(engines: Path, reference: Reference, fake: 
     kept = {name: value.clone() for name, value in first.items()}
     stepper.prepare(-image)
     assert all(torch.equal(first[name], kept[name]) for name in first)  # another picture leaves them alone
-    with torch.no_grad():
-        expected = reference.step(x, 0 * x, 2, reference.prepare(image))
+    same = OrtStepper(full_export, read_manifest(full_export), CPU)
+    expected = same.step(x, 0 * x, 2, same.prepare(image))
     for got, value in zip(stepper.step(x, 0 * x, 2, first), expected, strict=True):
-        assert (got - value).abs().max() <= 1e-4
+        assert (got - value).abs().max() <= 1e-5
     with pytest.raises(ValueError, match="semantic code itself"):
         stepper.prepare(image, torch.zeros(1, 4))
 
