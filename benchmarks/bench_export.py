@@ -1,9 +1,14 @@
 """Exports beside the in-process backends: export time, size, peak memory, cold start, and latency as a ratio.
 
     python benchmarks/bench_export.py --weights light --task derain --formats onnx aoti --size 256
+    python benchmarks/bench_export.py --random base --formats onnx --rounds 0          the export alone
 
 Every export and every cold start is a process of its own. Latencies are medians of rounds that take the candidates in
 turn, so that a busy machine is busy for all of them; the ratio is to the plain model.
+
+Memory of an export: `export_peak_mib` is the largest resident size of its process, `imports_mib` that of a process that
+has imported the same and done nothing, and `peak_times_weights` their difference as a multiple of the model's weights
+in float32 (the model itself is one of them).
 """
 
 import argparse
@@ -11,7 +16,6 @@ import functools
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,17 +26,20 @@ from typing import Any
 
 import torch
 
+from dtpm_fast.config import Config
 from dtpm_fast.device import choose_device
 from dtpm_fast.export.compare import stepped
 from dtpm_fast.export.manifest import read_manifest
 from dtpm_fast.export.restorer import open_stepper
+from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.runtime.noise import noise_fields
 from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.reference import Reference
 from dtpm_fast.runtime.sampler import make_steps, sample
 from dtpm_fast.runtime.shipped import find_weights
-from dtpm_fast.weights_file import load_model
+from dtpm_fast.weights_file import load_model, save_weights
 
+IMPORTS = "import onnxruntime, onnxscript, dtpm_fast.export.exporter, dtpm_fast.export.restorer, torchvision"
 COLD = """
 import sys, time
 start = time.perf_counter()
@@ -49,6 +56,7 @@ print(imported - start, opened - imported, time.perf_counter() - opened)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="light")
+    parser.add_argument("--random", metavar="PRESET", help="random weights of this preset instead")
     parser.add_argument("--task", default="derain")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--formats", nargs="+", default=["onnx", "aoti"], choices=["onnx", "aoti", "tensorrt"])
@@ -59,6 +67,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device, _ = choose_device(options.device)
+    with tempfile.TemporaryDirectory() as temporary:
+        if options.random:
+            options.weights = str(random_weights(options.random, options.task, Path(temporary)))
+        measure(options, device, Path(temporary))
+
+
+def random_weights(preset: str, task: str, folder: Path) -> Path:
+    config = Config.of(preset=preset, semantic_code="compact")
+    torch.manual_seed(0)
+    path = folder / f"{preset}-random.safetensors"
+    save_weights(path, DTPM(config.model, 2).state_dict(), config, 2, task, {"data": "none, random"})
+    return path
+
+
+def measure(options: argparse.Namespace, device: torch.device, temporary: Path) -> None:
+    rows: dict[str, dict[str, float]] = {kind: exported(options, kind, temporary / kind) for kind in options.formats}
     weights = find_weights(options.weights, options.task)
     model = load_model(weights, 2).requires_grad_(False).to(device)
     steps = make_steps(weights.config, options.steps)
@@ -70,11 +94,13 @@ def main() -> None:
         "reference": lambda: sample(plain, plain.prepare(image), noise),
         "plan": lambda: sample(plan, plan.prepare(image), noise),
     }
-    rows: dict[str, dict[str, float]] = {name: {} for name in candidates}
-    with tempfile.TemporaryDirectory() as temporary:
+    weights_mib = sum(value.numel() * 4 for value in model.state_dict().values()) / 2**20
+    for row in rows.values():
+        row["peak_times_weights"] = (row["export_peak_mib"] - row["imports_mib"]) / weights_mib
+    if options.rounds:
         for kind in options.formats:
-            folder = Path(temporary) / kind
-            rows[kind] = {**exported(options, kind, folder), **cold_start(folder, options.device, sides[0])}
+            folder = temporary / kind
+            rows[kind].update(cold_start(folder, options.device, sides[0]))
             stepper, _, _ = open_stepper(folder, read_manifest(folder), options.device, torch.get_num_threads())
             candidates[kind] = functools.partial(stepped(stepper), image, noise)
         times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -86,15 +112,15 @@ def main() -> None:
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
                     times[name].append(time.perf_counter() - start)
-    for name, seconds in times.items():
-        rows[name]["latency_s"] = statistics.median(seconds[1:])
-    for row in rows.values():
-        row["times_reference"] = rows["reference"]["latency_s"] / row["latency_s"]
+        for name, seconds in times.items():
+            rows.setdefault(name, {})["latency_s"] = statistics.median(seconds[1:])
+        for row in rows.values():
+            row["times_reference"] = rows["reference"]["latency_s"] / row["latency_s"]
     record = {
         "weights": weights.path.name, "preset": weights.config.model.preset, "steps": options.steps,
         "precision": options.precision, "size": sides, "device": str(device), "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0], "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-        "weights_mib": weights.path.stat().st_size / 2**20, "rows": rows,
+        "weights_mib": weights_mib, "rows": rows,
     }  # fmt: skip
     print(json.dumps(record, indent=1))
     if options.json:
@@ -110,15 +136,28 @@ def exported(options: argparse.Namespace, kind: str, folder: Path) -> dict[str, 
         command += ["--device", options.device]
     if kind == "tensorrt":
         command += ["--bucket", f"{options.size}x{options.size}"]
-    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {
+    imports, _ = alone([sys.executable, "-c", IMPORTS])
+    start = time.perf_counter()
+    peak, cpu = alone(command)
+    found = {
         "export_s": time.perf_counter() - start,
-        "export_cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "export_peak_mib": after.ru_maxrss / 1024,
+        "export_cpu_s": cpu,
+        "imports_mib": imports,
+        "export_peak_mib": peak,
         "folder_mib": sum(file.stat().st_size for file in folder.iterdir()) / 2**20,
     }
+    print(kind, found, flush=True)  # a long run says what it has as it goes
+    return found
+
+
+def alone(command: list[str]) -> tuple[float, float]:
+    """The largest resident size of a process (MiB) and its processor time (s)."""
+    process = subprocess.Popen(command)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return used.ru_maxrss / 1024, used.ru_utime + used.ru_stime
 
 
 def cold_start(folder: Path, device: str, side: int) -> dict[str, float]:

@@ -1,8 +1,9 @@
-"""Files are written whole or not at all: to a temporary name beside the target, fsynced, then renamed."""
+"""Files and folders are written whole or not at all: under a temporary name beside the target, fsynced, renamed."""
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,25 +18,49 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     and the target's name, so that a killed process leaves nothing that a folder listing would take for a result.
     Raises `UserError` when the folder cannot be written or the disk is full.
     """
+
+    def make(folder: Path, prefix: str) -> Path:
+        handle, name = tempfile.mkstemp(dir=folder, prefix=prefix, suffix=Path(target).suffix)
+        os.close(handle)
+        return Path(name)
+
+    with _replacing(Path(target), make, 0o666) as temporary:
+        yield temporary
+
+
+@contextmanager
+def whole_folder(target: Path | str) -> Iterator[Path]:
+    """The same for a folder of files. Raises `UserError` also when `target` exists and is not an empty folder."""
     target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists already; remove it or choose another folder")
+    with _replacing(target, lambda folder, prefix: Path(tempfile.mkdtemp(dir=folder, prefix=prefix)), 0o777) as folder:
+        yield folder
+
+
+@contextmanager
+def _replacing(target: Path, make: Callable[[Path, str], Path], mode: int) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
+        temporary = make(target.parent, f".{target.name}.")
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error}); choose another folder") from error
-    os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        for path in (temporary, *temporary.rglob("*")):
+            if path.is_file():
+                with path.open("rb") as written:
+                    os.fsync(written.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private to the user
+        temporary.chmod(mode & ~umask)  # tempfile makes it private to the user
         temporary.replace(target)
     except OSError as error:
         raise UserError(
             f"{target}: could not be written ({error.strerror or error}); nothing was left behind"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """The restoration tasks, by the names used on every command line."""
 
+from pathlib import Path
+
 from dtpm_fast.errors import UserError
 
 TASKS = {
@@ -19,3 +21,10 @@ def check_task(name: str) -> str:
     if name not in TASKS:
         raise UserError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
     return name
+
+
+def check_trained_for(task: str, trained: str, path: Path) -> None:
+    """Raises `UserError` when what was trained for one task is asked for another. The paper's one task for rain and
+    haze covers both of its halves; a half does not cover the whole."""
+    if trained != task and not (trained == "rainhaze" and task in ("derain", "dehaze")):
+        raise UserError(f"{path}: trained for the task {trained!r}, not for {task!r}")

@@ -93,7 +93,11 @@ def read_weights(path: Path | str) -> Weights:
 
 def sha256(path: Path) -> str:
     """The hexadecimal SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
 
 
 def _prior_tensors(path: Path, prior: dict[str, str]) -> dict[str, Tensor]:

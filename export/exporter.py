@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from dtpm_fast.atomic import whole_folder
 from dtpm_fast.errors import UserError
 from dtpm_fast.export.aoti import AotiStepper, write_aoti
 from dtpm_fast.export.compare import Difference, ExportedStepper, check, difference, stepped
-from dtpm_fast.export.folder import whole_folder
 from dtpm_fast.export.graph import PrepareGraph, StepGraph, UnrolledGraph
 from dtpm_fast.export.manifest import (
     PRECISIONS,
     GraphSpec,
     Manifest,
     sampler_of,
-    sha256,
     specs,
     write_manifest,
 )
@@ -34,7 +33,7 @@ from dtpm_fast.export.triton_server import NETWORK, write_repository
 from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.reference import Reference
 from dtpm_fast.runtime.sampler import Steps, make_steps
-from dtpm_fast.weights_file import Weights, load_model
+from dtpm_fast.weights_file import Weights, load_model, sha256
 
 CPU = torch.device("cpu")
 MOST_UNROLLED = 4  # steps: the file grows with them, not only with the model
@@ -44,7 +43,6 @@ MOST_UNROLLED = 4  # steps: the file grows with them, not only with the model
 class Graphs:
     """The modules of one export, with an example call each: name, module, inputs, outputs, dynamic sides."""
 
-    plan: Plan
     multiple: int
     parts: dict[str, tuple[nn.Module, dict[str, Tensor], dict[str, Tensor], Any]]
 
@@ -82,15 +80,15 @@ def export_folder(
         raise UserError(f"--format triton with {steps} steps: its network is unrolled, for up to {MOST_UNROLLED} steps")
     with whole_folder(target) as folder:
         report("merging")
-        model = load_model(weights, stage=2).requires_grad_(False)
         sampler = make_steps(weights.config, steps)
-        graphs = make_graphs(Plan(model, sampler, PRECISIONS[precision]), model.multiple, unrolled or kind == "triton")
+        graphs = make_graphs(*merged(weights, sampler, precision), unrolled or kind == "triton")
         if kind == "triton":
             graphs.parts = {"restore": graphs.parts["restore"]}
         manifest = manifest_of(kind, weights, sampler, precision, graphs)
         if kind == "aoti":
             manifest.engine = {"device": device.type}
-        for name, (module, inputs, _, dynamic) in graphs.parts.items():
+        for name in list(graphs.parts):
+            module, inputs, _, dynamic = graphs.parts.pop(name)  # written and let go: a part at a time is in memory
             spec = manifest.graphs[name]
             report(spec.file)
             (folder / spec.file).parent.mkdir(parents=True, exist_ok=True)
@@ -99,14 +97,15 @@ def export_folder(
             else:
                 write_aoti(module, list(inputs.values()), dynamic, folder / spec.file, device)
         report("comparing")
-        m, reference = model.multiple, Reference(model, sampler)
-        found = []
-        if "step" in graphs.parts:
+        del graphs, module, inputs
+        reference = Reference(load_model(weights, stage=2).requires_grad_(False), sampler)
+        m, found = manifest.multiple, []
+        if "step" in manifest.graphs:
             stepper: ExportedStepper
             stepper = AotiStepper(folder, manifest, device) if kind == "aoti" else OrtStepper(folder, manifest, CPU)
             sizes = ((2, 3 * m, 5 * m), (1, m, 2 * m))
             found += [difference(stepped(stepper), reference, *size, seed=1) for size in sizes]
-        if "restore" in graphs.parts:
+        if "restore" in manifest.graphs:
             found.append(difference(whole(folder, manifest), reference, 2, 5 * m, 3 * m, seed=2))
         accept(found, manifest)
         if engines is not None:
@@ -138,6 +137,16 @@ def verify(folder: Path, manifest: Manifest, weights: Weights, stepper: Exported
     return found
 
 
+def merged(weights: Weights, sampler: Steps, precision: str) -> tuple[Plan, int]:
+    """The plan, with everything merged that can be, proved equal to the model on random input; and the multiple of its
+    sides. Raises `UserError` when the two differ."""
+    model = load_model(weights, stage=2).requires_grad_(False)
+    plan = Plan(model, sampler, PRECISIONS[precision])
+    found = difference(plan.restore, Reference(model, sampler), 1, 2 * model.multiple, 3 * model.multiple)
+    check(found, precision, "the merged model")
+    return plan, model.multiple
+
+
 def make_graphs(plan: Plan, multiple: int, unrolled: bool = False) -> Graphs:
     """The modules and one example call of each, at batch 2 and sides that no constant can be mistaken for."""
     prepare = PrepareGraph(plan).eval()
@@ -161,7 +170,7 @@ def make_graphs(plan: Plan, multiple: int, unrolled: bool = False) -> Graphs:
         restore = UnrolledGraph(prepare, step, plan.steps).eval()
         dynamic = ({0: batch, **sides}, sides)
         parts["restore"] = (restore, {"image": image, "noise": noise}, {"restored": image}, dynamic)
-    return Graphs(plan, multiple, parts)
+    return Graphs(multiple, parts)
 
 
 def manifest_of(kind: str, weights: Weights, sampler: Steps, precision: str, graphs: Graphs) -> Manifest:
@@ -179,7 +188,12 @@ def manifest_of(kind: str, weights: Weights, sampler: Steps, precision: str, gra
             name: GraphSpec(_file(kind, name), specs(inputs, *size), specs(outputs, *size))
             for name, (_, inputs, outputs, _) in graphs.parts.items()
         },
-        weights={"file": weights.path.name, "sha256": sha256(weights.path), "trained": weights.trained},
+        weights={
+            "file": weights.path.name,
+            "sha256": sha256(weights.path),
+            "prior": weights.prior,
+            "trained": weights.trained,
+        },
         versions={"python": platform.python_version(), **_versions(kind)},
     )
 

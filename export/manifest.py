@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dtpm_fast.errors import UserError
 from dtpm_fast.runtime.sampler import Steps
+from dtpm_fast.weights_file import sha256
 
 FORMAT = "dtpm-export-1"
 NAME = "manifest.json"
@@ -164,14 +165,6 @@ def read_manifest(folder: Path | str) -> Manifest:
         if sha256(file) != recorded_file["sha256"]:
             raise UserError(f"{file}: is not the file that was exported (SHA-256 differs); export again")
     return manifest
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
 
 
 def _graph(content: dict[str, Any]) -> GraphSpec:

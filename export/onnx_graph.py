@@ -1,5 +1,6 @@
 """ONNX files from the graphs: opset 18 (22 with bfloat16), standard operators, named dynamic sides, one file each."""
 
+import gc
 import hashlib
 import logging
 import warnings
@@ -17,6 +18,7 @@ OPSET = 18
 # The first version whose Conv takes bfloat16. For the operators in these graphs the versions between add types and
 # optional attributes only, so that the number is all that changes.
 OPSET_BFLOAT16 = 22
+LARGEST = (1 << 31) - (1 << 24)  # bytes of weights: protobuf's limit, less room for the graph itself
 
 
 def write_onnx(
@@ -34,17 +36,10 @@ def write_onnx(
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
         raise UserError(f"ONNX export needs the extra: pip install 'dtpm-fast[export]' ({error})") from error
-    names_in, names_out = ([spec.name for spec in given] for given in (input_specs, output_specs))
-    with warnings.catch_warnings(), torch.no_grad():
-        # The exporter's own deprecations and notes on its optimiser: nothing that a user could act on.
-        warnings.simplefilter("ignore")
-        logging.getLogger("onnxscript").setLevel(logging.ERROR)
-        program = torch.export.export(module, tuple(inputs), dynamic_shapes=dynamic, strict=False)
-        exported = torch.onnx.export(
-            program, (), input_names=names_in, output_names=names_out, dynamo=True, opset_version=OPSET, verbose=False
-        )
-    assert exported is not None
-    model = exported.model_proto
+    model = _converted(
+        module, inputs, dynamic, [[spec.name for spec in given] for given in (input_specs, output_specs)]
+    )
+    gc.collect()  # the exporter's programs hold each other in cycles, and through them copies of weights
     # The exporter notes its Python stack at every node: the paths of this machine, and megabytes.
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -60,11 +55,27 @@ def write_onnx(
                 dim.dim_value = side
     if any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in model.graph.initializer):
         model.opset_import[0].version = OPSET_BFLOAT16
-    onnx.checker.check_model(model, full_check=True)
     foreign = sorted({node.domain for node in model.graph.node} - {"", "ai.onnx"})
     if foreign or model.functions:
         raise UserError(f"{file.name}: holds operators outside the ONNX standard ({', '.join(foreign)})")
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LARGEST:
+        raise UserError(f"{file.name}: would be larger than the 2 GiB that an ONNX file can be; try --precision fp16")
     file.write_bytes(model.SerializeToString())
+    del model  # the checker reads the file: one copy at a time
+    onnx.checker.check_model(str(file), full_check=True)
+
+
+def _converted(module: nn.Module, inputs: Sequence[Tensor], dynamic: Any, names: list[list[str]]) -> Any:
+    with warnings.catch_warnings(), torch.no_grad():
+        # The exporter's own deprecations and notes on its optimiser: nothing that a user could act on.
+        warnings.simplefilter("ignore")
+        logging.getLogger("onnxscript").setLevel(logging.ERROR)
+        program = torch.export.export(module, tuple(inputs), dynamic_shapes=dynamic, strict=False)
+        exported = torch.onnx.export(
+            program, (), input_names=names[0], output_names=names[1], dynamo=True, opset_version=OPSET, verbose=False
+        )
+    assert exported is not None
+    return exported.model_proto
 
 
 def structure(file: Path) -> str:

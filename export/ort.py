@@ -115,8 +115,14 @@ def bound_run(
         binding.bind_output(spec.name, *place, ELEMENT_TYPES[dtype], tuple(value.shape), value.data_ptr())
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # ONNX Runtime runs on a stream of its own
-    session.run_with_iobinding(binding)
-    binding.synchronize_outputs()
+    try:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+    except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+        cause = str(error).strip().splitlines()[0]
+        if "allocate" in cause or "out of memory" in cause:
+            raise MemoryError(cause) from error
+        raise UserError(f"{graph.file}: ONNX Runtime failed to run it ({cause})") from error
     return found
 
 

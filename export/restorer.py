@@ -1,48 +1,76 @@
 """A photo in, a better photo out, from an exported folder instead of weights."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from dtpm_fast.device import choose_device
 from dtpm_fast.errors import UserError
 from dtpm_fast.export.aoti import AotiStepper
 from dtpm_fast.export.compare import ExportedStepper
-from dtpm_fast.export.manifest import Manifest, read_manifest
+from dtpm_fast.export.manifest import PRECISIONS, Manifest, read_manifest
 from dtpm_fast.export.ort import OrtStepper
 from dtpm_fast.export.tensorrt_stepper import TensorRTStepper
-from dtpm_fast.runtime.noise import noise_fields
-from dtpm_fast.runtime.photo import from_network, open_photo, pad_to, round_up, to_network
+from dtpm_fast.runtime.restorer import Restorer, logger
+from dtpm_fast.tasks import check_task, check_trained_for
 
 
-class ExportedRestorer:
-    """Restores photos of any size with a folder that `dtpm-export` wrote; its task and its steps.
+class ExportedRestorer(Restorer):
+    """A `dtpm_fast.Restorer` over a folder that `dtpm-export` wrote: its task, steps and number format, in the backend
+    that its kind names. Same photos, same noise, same results. `Restorer.from_pretrained(folder)` gives one.
 
-    Takes and gives what `dtpm_fast.Restorer` does. Raises `UserError` for a folder that is not an export or was
-    changed, and for a device that the folder's format cannot use here.
+    Args:
+        folder: written by `dtpm-export`; its hashes are checked.
+        task, steps, backend, precision, sampler: None or "auto" is the folder's own; all else has to agree with it.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        seed: of the noise.
+        tile: "auto" or None: an exported graph sees the whole picture and does not tile.
+        threads: of ONNX Runtime on the CPU; 0 leaves the choice to it.
+
+    Raises `UserError` for a folder that is not an export or was changed, a setting that the folder was not exported
+    with, and a device that the folder's format cannot use here.
     """
 
-    def __init__(self, folder: Path | str, *, device: str = "auto", seed: int = 0, threads: int = 0) -> None:
-        self.manifest = read_manifest(folder)
-        self.seed = seed
-        self.stepper, self.device, why = open_stepper(Path(folder), self.manifest, device, threads)
-        self.about = f"export {folder} ({self.manifest.kind}, {self.manifest.task}, {self.manifest.precision}); {why}"
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        task: str | None = None,
+        steps: int | None = None,
+        device: str = "auto",
+        backend: str = "auto",
+        seed: int = 0,
+        tile: int | str | None = "auto",
+        precision: str = "auto",
+        sampler: str = "ddim",
+        threads: int = 0,
+    ) -> None:
+        folder = Path(folder)
+        self.manifest = manifest = read_manifest(folder)
+        if task is not None:
+            check_trained_for(check_task(task), manifest.task, folder)
+        own = str(PRECISIONS[manifest.precision]).removeprefix("torch.")
+        for name, asked, has in (
+            ("steps", steps, len(manifest.steps)),
+            ("backend", None if backend == "auto" else backend, manifest.kind),
+            ("precision", None if precision == "auto" else precision, own),
+            ("sampler", sampler, "ddim"),
+        ):
+            if asked is not None and asked != has:
+                raise UserError(f"{folder}: was exported with {name} {has}, not {asked}; leave it out, or export again")
+        if isinstance(tile, int):
+            raise UserError(f"tile {tile}: an exported graph does not tile; restore from the weights instead")
+        self.seed, self.tile, self.multiple, self.steps = seed, tile, manifest.multiple, manifest.steps
+        self.backend, self.device, why = open_stepper(folder, manifest, device, threads)
+        self._running = folder, 0, manifest.task
+        what = f"export {folder} ({manifest.task}, {manifest.preset}, from {manifest.weights['file']})"
+        self._abouts = {self._running: what}
+        self._why = f"{len(self.steps)} steps; {why}; precision {own}"
+        logger.info("%s", self.about)
 
-    @torch.inference_mode()
-    def __call__(self, photo: Any) -> Any:
-        """As `dtpm_fast.Restorer.__call__`."""
-        batch, back = open_photo(photo)
-        return back(self._restore(batch))
-
-    def _restore(self, batch: Tensor) -> Tensor:
-        height, width = batch.shape[-2:]
-        size = [round_up(side, self.manifest.multiple) for side in (height, width)]
-        noise = pad_to(noise_fields(self.seed, height, width, self.manifest.noise_fields), *size)
-        y_d = to_network(pad_to(batch.to(self.device), *size)).contiguous()
-        restored = self.stepper.restore(y_d, noise.to(self.device))
-        return from_network(restored[..., :height, :width], batch.dtype)
+    def set_task(self, task: str, name_or_path: str | Path | None = None) -> None:
+        """Raises `UserError`: the weights are part of the exported graphs."""
+        raise UserError("an exported folder's task cannot be changed; open the other task's folder")
 
 
 def open_stepper(
@@ -53,9 +81,9 @@ def open_stepper(
         device = manifest.engine["device"]
     chosen, why = choose_device(device)
     if manifest.kind == "onnx":
-        return OrtStepper(folder, manifest, chosen, threads), chosen, f"ONNX Runtime, device {why}"
+        return OrtStepper(folder, manifest, chosen, threads), chosen, f"backend onnx (ONNX Runtime), device {why}"
     if manifest.kind == "aoti":
-        return AotiStepper(folder, manifest, chosen), chosen, f"AOTInductor, device {why}"
+        return AotiStepper(folder, manifest, chosen), chosen, f"backend aoti (AOTInductor), device {why}"
     if manifest.kind == "tensorrt":
-        return TensorRTStepper(folder, manifest, chosen), chosen, f"TensorRT, device {why}"
+        return TensorRTStepper(folder, manifest, chosen), chosen, f"backend tensorrt (TensorRT), device {why}"
     raise UserError(f"{folder}: an export of kind {manifest.kind!r}, which this version does not run")

@@ -26,6 +26,7 @@ EXAMPLE = """examples:
   dtpm-restore holiday/ old.jpg -o restored/ --task derain --steps 10 --seed 7
   dtpm-restore photos/ -o sharp/ --task deblur --weights runs/deblur/weights.safetensors
   dtpm-restore holiday/ -o restored/ --task derain --report restored.html
+  dtpm-restore photos/ -o dry/ --weights derain-onnx/
 An output keeps its input's stem and is a PNG, unless one photo goes to a file name of your own. A folder given beside
 other inputs becomes a folder inside OUT. A picture that cannot be restored is named at the end and the exit code is 1;
 the others are done."""
@@ -41,12 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="a photo, or a folder of photos")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="folder, or file for one photo")
-    parser.add_argument("--task", required=True, choices=tuple(TASKS))
-    parser.add_argument("--steps", type=int, default=4, metavar="S", help="steps of the sampler (default: 4)")
-    parser.add_argument("--weights", default="light", help="weights file, or the name of shipped ones (default: light)")
+    parser.add_argument("--task", choices=tuple(TASKS), help="what the photos suffer from; an export knows its own")
+    parser.add_argument("--steps", type=int, metavar="S", help="steps of the sampler (default: 4, or an export's own)")
+    parser.add_argument(
+        "--weights",
+        default="light",
+        help="weights file, name of shipped ones, or a folder that dtpm-export wrote (default: light)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
-        "--backend", default="auto", help="auto, reference, fused, compiled or graph, which needs a GPU (default: auto)"
+        "--backend",
+        default="auto",
+        help="auto, reference, fused, compiled, or graph, which needs a GPU; a folder brings its own (default: auto)",
     )
     parser.add_argument(
         "--precision", default="auto", help="auto, float32 or bfloat16: the network's number format (default: auto)"
@@ -63,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="a page with sliders to look at the results")
     parser.add_argument("--report-images", type=int, default=12, metavar="N", help="photos in the page (default: 12)")
     options = parser.parse_args(arguments)
+    if options.task is None and not Path(options.weights).is_dir():
+        parser.error("--task is needed (only a folder that dtpm-export wrote knows its own)")
     if options.report_images < 1:
         parser.error(f"--report-images {options.report_images}: must be at least 1")
     if options.report is not None and options.report.is_dir():
@@ -138,7 +147,7 @@ def _write_report(
     }
     cases = _restored(jobs, restorer, shown, failures)
     for first in cases:  # there is none, and no page, where every chosen photo is broken
-        title = f"dtpm-restore: {TASKS[options.task]}"
+        title = f"dtpm-restore: {TASKS[restorer.task]}"
         write_report(itertools.chain([first], cases), options.report, title=title, about=about)
 
 

@@ -12,6 +12,7 @@ from dtpm_fast.runtime.reference import Reference
 from dtpm_fast.runtime.sampler import Stepper, Steps
 
 BACKENDS = ("auto", "reference", "fused", "compiled", "graph")
+EXPORTED = ("onnx", "aoti", "tensorrt")  # what a folder of `dtpm-export` runs in
 
 
 def choose_backend(
@@ -23,11 +24,16 @@ def choose_backend(
     kernels. compiled: the plan with folded blocks through torch.compile. graph: the fused plan, predictor and all steps
     in one CUDA graph. auto: graph on a GPU, fused on a CPU, reference where adapters are gated.
 
-    Raises `UserError` for an unknown name, for graph without CUDA, for gated adapters on any but the reference, and for
-    the reference in another precision than float32.
+    Raises `UserError` for an unknown name, for one that runs exported folders, for graph without CUDA, for gated
+    adapters on any but the reference, and for the reference in another precision than float32.
     """
+    if name in EXPORTED:
+        raise UserError(
+            f"backend {name}: runs a folder that dtpm-export wrote, and these are weights; export them first "
+            f"(dtpm-export --format {name} ... -o DIR), then give --weights DIR"
+        )
     if name not in BACKENDS:
-        raise UserError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+        raise UserError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS + EXPORTED)}")
     why = "as asked"
     if name == "auto":
         name, why = _auto(model, device)

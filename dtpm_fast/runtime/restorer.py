@@ -22,7 +22,7 @@ from dtpm_fast.runtime.photo import from_network, open_photo, pad_to, round_up, 
 from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.reference import Reference
 from dtpm_fast.runtime.sampler import Stepper, make_steps
-from dtpm_fast.runtime.shipped import find_weights, locate
+from dtpm_fast.runtime.shipped import find_weights, is_export, locate
 from dtpm_fast.runtime.tasks import InPlace
 from dtpm_fast.runtime.tiling import SMALLEST, Tiled
 from dtpm_fast.weights_file import Weights, load_model
@@ -66,6 +66,7 @@ class Restorer:
         self.config = weights.config
         self.steps, self._sampler = make_steps(weights.config, steps, sampler), sampler
         self.model = _load(weights, self.device)
+        self.multiple = self.model.multiple
         self.backend, why_backend = choose_backend(backend, self.model, self.steps, self.device, precision)
         if isinstance(self.backend, Reference) and isinstance(tile, int):
             raise UserError(f"tile {tile}: the reference backend does not tile; use --backend fused")
@@ -78,6 +79,11 @@ class Restorer:
         logger.info("%s", self.about)
 
     @property
+    def task(self) -> str:
+        """What the weights that run were trained for."""
+        return self._running[2]
+
+    @property
     def about(self) -> str:
         """Which weights run and how they were trained; the steps, device, backend and precision, and why."""
         return f"{self._abouts[self._running]}; {self._why}"
@@ -86,20 +92,31 @@ class Restorer:
     def from_pretrained(
         cls,
         name_or_path: str | Path = "light",
-        task: str = "derain",
-        steps: int = 4,
+        task: str | None = None,
+        steps: int | None = None,
         device: str = "auto",
         backend: str = "auto",
         seed: int = 0,
         **settings: Any,
     ) -> "Restorer":
-        """A restorer from shipped weights ("light"), or from a file that stage II of the training wrote. `settings` are
-        the constructor's: tile, precision, sampler.
+        """A restorer from shipped weights ("light"), from a file that stage II of the training wrote, or from a folder
+        that `dtpm-export` wrote, which runs in its own backend (onnx, aoti, tensorrt).
 
-        Raises `UserError` for an unknown name, task, device or backend, for weights of another task or of stage I, and
-        for a number of steps outside 1..T.
+        Left out, task and steps are derain and 4, or a folder's own. `settings` are the constructor's: tile, precision,
+        sampler.
+
+        Raises `UserError` for an unknown name, task, device or backend, for weights of another task or of stage I, for
+        a number of steps outside 1..T, and for settings that differ from a folder's.
         """
-        weights = find_weights(name_or_path, task)
+        if is_export(name_or_path):
+            # Against the direction of imports, for one call that takes all that can restore; only when there is one.
+            from dtpm_fast.export.restorer import ExportedRestorer
+
+            return ExportedRestorer(
+                name_or_path, task=task, steps=steps, device=device, backend=backend, seed=seed, **settings
+            )
+        weights = find_weights(name_or_path, task or "derain")
+        steps = 4 if steps is None else steps
         restorer = cls(weights, steps=steps, device=device, backend=backend, seed=seed, **settings)
         restorer._name = name_or_path
         return restorer
@@ -167,7 +184,7 @@ class Restorer:
     def _run(self, batch: Tensor, what: Work) -> Tensor:
         height, width = batch.shape[-2:]
         check_fits(batch.shape[0], height, width, self.device)
-        tall, wide = (round_up(side, self.model.multiple) for side in (height, width))
+        tall, wide = (round_up(side, self.multiple) for side in (height, width))
         noise = pad_to(noise_fields(self.seed, height, width, self.steps.noise_fields), tall, wide).to(self.device)
         # Triton and graph captures run on the current device, which need not be this one.
         current: AbstractContextManager[Any] = nullcontext()
@@ -190,7 +207,7 @@ class Restorer:
             try:
                 if core is None:
                     return what(self.backend, y_d, noise)
-                return what(Tiled(self._tiling_plan(), core, self.model.multiple), y_d, noise)
+                return what(Tiled(self._tiling_plan(), core, self.multiple), y_d, noise)
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise
@@ -245,7 +262,7 @@ def _out_of_memory(error: BaseException | None) -> bool:
 
 
 def _advice(plan: Plan | None) -> str:
-    return "use --tile auto" if plan is not None else "use --backend fused, which tiles"
+    return "use --tile auto" if plan is not None else "restore from the weights with --backend fused, which tiles"
 
 
 def _describe(weights: Weights) -> str:

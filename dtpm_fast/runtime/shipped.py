@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dtpm_fast.errors import UserError
-from dtpm_fast.tasks import check_task
+from dtpm_fast.tasks import check_task, check_trained_for
 from dtpm_fast.weights_file import Weights, read_weights
 
 FOLDER = Path(__file__).parent.parent / "weights"
@@ -18,9 +18,7 @@ def find_weights(name_or_path: str | Path, task: str) -> Weights:
             f"{weights.path}: holds stage {weights.stage} weights, the prior alone; restoring needs stage 2 weights "
             f"(python -m dtpm_fast.train --stage 2 --task {task} --prior {weights.path} ...)"
         )
-    # The paper's one task for rain and haze covers both of its halves; a half does not cover the whole.
-    if weights.task != task and not (weights.task == "rainhaze" and task in ("derain", "dehaze")):
-        raise UserError(f"{weights.path}: trained for the task {weights.task!r}, not for {task!r}")
+    check_trained_for(task, weights.task, weights.path)
     return weights
 
 
@@ -34,6 +32,11 @@ def find_prior(name_or_path: str | Path) -> Weights:
     return weights
 
 
+def is_export(name_or_path: str | Path) -> bool:
+    """Whether this is a folder that `dtpm-export` wrote."""
+    return (Path(name_or_path) / "manifest.json").is_file()
+
+
 def shipped() -> list[str]:
     """What ships for restoring, as "preset-task": ["light-derain", ...]."""
     return sorted(path.stem for path in FOLDER.glob("*-*.safetensors") if not path.stem.endswith("-prior"))
@@ -44,6 +47,9 @@ def locate(name: str, task: str) -> Path:
     check_task(task)
     path = Path(name)
     if path.suffix == ".safetensors" or path.name != name or path.exists():
+        if path.is_dir():
+            what = "a folder that dtpm-export wrote" if is_export(path) else "a folder"
+            raise UserError(f"{path}: is {what}; a weights file is needed here")
         if not path.is_file():
             raise UserError(f"{path}: no such weights file")
         return path

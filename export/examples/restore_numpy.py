@@ -21,7 +21,7 @@ def restore(
     assert step.get_providers()[0] == provider, f"{provider} did not start"
     height, width, _ = photo.shape
     pad = [(0, -side % manifest["multiple"]) for side in (height, width)]
-    padded = np.pad(photo, [*pad, (0, 0)], mode="symmetric" if min(height, width) == 1 else "reflect")
+    padded = np.pad(photo, [*pad, (0, 0)], mode="reflect")
     image = np.ascontiguousarray(padded.transpose(2, 0, 1)[None], dtype=np.float32) / 127.5 - 1
     noise = np.random.default_rng(seed).standard_normal((manifest["noise_fields"], *image.shape[1:]), np.float32)
     names = [spec["name"] for spec in manifest["graphs"]["prepare"]["outputs"]]

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("the C++ runtime is built with cmake, which is not here")
     build = Path(os.environ.get("DTPM_RUNTIME_BUILD") or tmp_path_factory.mktemp("build"))
     root = Path(torch.__path__[0])
-    subprocess.run(["cmake", "-S", SOURCE, "-B", build, f"-DTORCH_ROOT={root}"], check=True, capture_output=True)
+    options = [f"-DTORCH_ROOT={root}", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
+    subprocess.run(["cmake", "-S", SOURCE, "-B", build, *options], check=True, capture_output=True)
     subprocess.run(["cmake", "--build", build], check=True, capture_output=True)
     return build / "restore_ppm"
 
@@ -76,6 +78,15 @@ def test_cpp_gives_the_pixels_of_python(
     expected = ExportedRestorer(package[1], device="cpu", seed=5)(photo).astype(int)
     assert np.abs(restored - expected).max() <= 1
     assert np.abs(restored - photo).mean() > 1
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
+def test_cpp_is_clean_under_valgrind(package: tuple[Path, Path], program: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable, "DTPM_RUNTIME_BUILD": str(program.parent)}
+    script = SOURCE.parents[1] / "scripts" / "valgrind"
+    done = subprocess.run([script, package[1]], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 with frames of csrc/runtime" in done.stdout
 
 
 def test_cpp_says_why(package: tuple[Path, Path], program: Path, tmp_path: Path) -> None:

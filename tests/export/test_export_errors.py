@@ -1,19 +1,20 @@
 """Every way to fail is one clear line, and leaves nothing behind."""
 
-import resource
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from dtpm_fast.atomic import whole_folder
 from dtpm_fast.commands.export import main
 from dtpm_fast.errors import UserError
 from dtpm_fast.export import exporter
 from dtpm_fast.export.exporter import export_folder
-from dtpm_fast.export.folder import whole_folder
+from dtpm_fast.export.graph import StepGraph
 from dtpm_fast.export.manifest import read_manifest
 from dtpm_fast.export.restorer import ExportedRestorer
 from dtpm_fast.weights_file import Weights
@@ -66,7 +67,23 @@ def test_a_wrong_merge_is_not_written(tmp_path: Path, plain_weights: Weights, mo
 
     original = exporter.Plan
     monkeypatch.setattr(exporter, "Plan", wrong)
-    with pytest.raises(UserError, match="differs from the model"):
+    monkeypatch.setattr(exporter, "write_onnx", lambda *_: pytest.fail("written before the merge was proved"))
+    with pytest.raises(UserError, match="the merged model differs from the model"):
+        export_folder(plain_weights, tmp_path / "x", steps=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_graph_is_not_put_in_place(
+    tmp_path: Path, plain_weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(module: torch.nn.Module, *arguments: Any) -> None:
+        if isinstance(module, StepGraph):
+            module.table[:, 2] *= 1.5
+        original(module, *arguments)
+
+    original = exporter.write_onnx
+    monkeypatch.setattr(exporter, "write_onnx", wrong)
+    with pytest.raises(UserError, match="the exported graph differs from the model"):
         export_folder(plain_weights, tmp_path / "x", steps=1)
     assert not list(tmp_path.iterdir())
 
@@ -78,18 +95,19 @@ def test_a_folder_that_is_there_is_kept(tmp_path: Path, plain_weights: Weights) 
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
-    program = (
-        "import resource, sys\nfrom pathlib import Path\n"
-        "from dtpm_fast.errors import UserError\nfrom dtpm_fast.export.folder import whole_folder\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "try:\n"
-        f"    with whole_folder({str(tmp_path / 'x')!r}) as folder: (folder / 'a').write_bytes(bytes(2000))\n"
-        "except UserError as error: print(error)\n"
-    )
-    assert hasattr(resource, "RLIMIT_FSIZE")
-    said = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
-    assert "could not be written (File too large); nothing was left behind" in said
+@pytest.mark.skipif(sys.platform != "linux", reason="a full disk is imitated by a limit on the size of files")
+def test_a_full_disk_leaves_nothing(tmp_path: Path, plain_weights: Weights, capsys: pytest.CaptureFixture) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        options = ["--task", "derain", "--weights", str(plain_weights.path), "--steps", "1", "-o", str(tmp_path / "x")]
+        assert main(options) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "x: could not be written (File too large); nothing was left behind" in error
     assert not list(tmp_path.iterdir())
 
 

@@ -108,23 +108,42 @@ def test_the_reference_evaluator_agrees(full_export: Path) -> None:
         assert np.abs(value - other.numpy()).max() <= 1e-4
 
 
-def test_the_example_needs_numpy_and_onnxruntime_alone(full_export: Path, tmp_path: Path) -> None:
-    photo = np.random.default_rng(1).integers(0, 256, (19, 30, 3), dtype=np.uint8)
-    np.save(tmp_path / "photo.npy", photo)
+def test_the_example_imports_numpy_and_onnxruntime_alone(full_export: Path, tmp_path: Path) -> None:
     program = (
         "import sys, runpy\n"
         "for name in ('torch', 'dtpm_fast', 'onnx', 'PIL', 'scipy'): sys.modules[name] = None\n"
-        f"sys.argv = ['x', {str(full_export)!r}, {str(tmp_path / 'photo.npy')!r}, {str(tmp_path / 'out.npy')!r}]\n"
+        "sys.argv = sys.argv[1:]\n"
         f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+    example_restores(full_export, tmp_path, [sys.executable, "-c", program, str(EXAMPLE)])
+
+
+@pytest.mark.slow
+def test_the_example_runs_where_only_onnxruntime_is_installed(full_export: Path, tmp_path: Path) -> None:
+    """The plain onnxruntime of the package index, which is not the one that the export extra installs."""
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1"]
+    done = subprocess.run([*install, "onnxruntime"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no package index to install onnxruntime from: {done.stderr.strip().splitlines()[-1][:100]}")
+    missing = "import importlib.util as u; assert not any(map(u.find_spec, ('torch', 'dtpm_fast', 'onnx', 'PIL')))"
+    subprocess.run([str(python), "-c", missing], check=True, cwd=tmp_path)
+    example_restores(full_export, tmp_path, [str(python), str(EXAMPLE)])
+
+
+def example_restores(folder: Path, tmp_path: Path, command: list[str]) -> None:
+    photo = np.random.default_rng(1).integers(0, 256, (19, 30, 3), dtype=np.uint8)
+    np.save(tmp_path / "photo.npy", photo)
+    files = [str(folder), str(tmp_path / "photo.npy"), str(tmp_path / "out.npy")]
+    subprocess.run([*command, *files], check=True, cwd=tmp_path)
     restored = np.load(tmp_path / "out.npy")
     # The same picture with the same noise through the package's own runner.
-    manifest = read_manifest(full_export)
+    manifest = read_manifest(folder)
     noise = np.random.default_rng(0).standard_normal((manifest.noise_fields, 3, 24, 32), np.float32)
     padded = np.pad(photo, [(0, 5), (0, 2), (0, 0)], mode="reflect")
     image = torch.from_numpy(padded.transpose(2, 0, 1)[None].astype(np.float32)) / 127.5 - 1
-    expected = stepped(OrtStepper(full_export, manifest, CPU))(image, torch.from_numpy(noise))
+    expected = stepped(OrtStepper(folder, manifest, CPU))(image, torch.from_numpy(noise))
     expected8 = (expected[0, :, :19, :30].permute(1, 2, 0) * 127.5 + 127.5).round().numpy()
     assert np.abs(restored - expected8).max() <= 1
 

@@ -161,10 +161,10 @@ def test_a_photo_of_odd_size(engines: Path, full_weights: Weights, fake: Fake, m
     monkeypatch.setattr("dtpm_fast.export.restorer.choose_device", lambda device: (CPU, f"{device}: as a stand-in"))
     photo = np.random.default_rng(0).integers(0, 256, (37, 51, 3), dtype=np.uint8)
     restorer = ExportedRestorer(engines, seed=5)
-    assert "TensorRT, device cuda" in restorer.about
+    assert "backend tensorrt (TensorRT), device cuda" in restorer.about
     plain = Restorer(full_weights, steps=4, device="cpu", backend="reference", seed=5)(photo)
     assert np.abs(restorer(photo).astype(int) - plain.astype(int)).max() <= 1
-    restorer.stepper.restore(torch.zeros(1, 3, 40, 56), torch.zeros(4, 3, 40, 56))  # outside of inference mode, too
+    restorer.backend.restore(torch.zeros(1, 3, 40, 56), torch.zeros(4, 3, 40, 56))  # outside of inference mode, too
     with pytest.raises(UserError, match=r"fits none of the engine's buckets \(2x40x56, 1x24x104\): .* 1x48x56"):
         restorer(np.zeros((41, 51, 3), np.uint8))
 
