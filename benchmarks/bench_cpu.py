@@ -40,3 +40,18 @@ def test_degrade(benchmark: BenchmarkFixture, task: str) -> None:
     crop = PHOTO[:256, :256].astype(np.float32) / 255
     rng = np.random.default_rng(0)
     benchmark.pedantic(lambda: degrade(task, crop, rng), rounds=20, warmup_rounds=2)
+
+
+@pytest.mark.benchmark(group="change the task of a Restorer (set_task), light, both tasks known")
+def test_change_of_task(benchmark: BenchmarkFixture) -> None:
+    restorer = Restorer.from_pretrained("light", "derain", device="cpu", precision="float32")
+    tasks = ["desnow", "derain"]
+    for task in tasks:
+        restorer.set_task(task)
+
+    def there_and_back() -> None:  # two changes
+        for task in tasks:
+            restorer.set_task(task)
+
+    benchmark.pedantic(there_and_back, rounds=20, warmup_rounds=2)
+    benchmark.extra_info["threads"] = torch.get_num_threads()
