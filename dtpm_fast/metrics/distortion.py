@@ -27,14 +27,16 @@ def psnr(image: Tensor, target: Tensor) -> Tensor:
 
 def ssim(image: Tensor, target: Tensor) -> Tensor:
     """SSIM of Wang et al. 2004: Gaussian window 11x11, sigma 1.5, only where the window lies inside the picture, the
-    mean over pixels and channels."""
+    mean over pixels and channels.
+
+    In float32, whose windows PyTorch computes 20 times as fast on a CPU; the figure is the same to 1e-5."""
     _check_size(image, GAUSSIAN_WINDOW)
     _, everywhere = structural_similarity_index_measure(
-        image, target, sigma=1.5, data_range=PEAK, reduction="none", return_full_image=True
+        image.float(), target.float(), sigma=1.5, data_range=PEAK, reduction="none", return_full_image=True
     )
     # torchmetrics reflects the border; the paper's authors and the field's scripts leave it out.
     edge = GAUSSIAN_WINDOW // 2
-    return everywhere[..., edge:-edge, edge:-edge].mean(dim=(1, 2, 3))
+    return everywhere[..., edge:-edge, edge:-edge].double().mean(dim=(1, 2, 3))
 
 
 def ssim_uniform(image: Tensor, target: Tensor) -> Tensor:
