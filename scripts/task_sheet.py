@@ -16,7 +16,6 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from dtpm_fast import Restorer
 from dtpm_fast.atomic import atomic_path
-from dtpm_fast.commands.evaluate import predictor_alone
 from dtpm_fast.data.degradations import degrade
 from dtpm_fast.data.sheet import sample_photo
 from dtpm_fast.runtime.shipped import shipped
@@ -52,9 +51,8 @@ def main() -> None:
         degraded = degrade(task, photo.astype(np.float32) / 255, np.random.default_rng([options.seed, row]))
         y_d = np.rint(degraded * 255).astype(np.uint8)
         restorer.set_task(task)
-        tensor = torch.from_numpy(y_d).permute(2, 0, 1)[None].float() / 255
-        y_eps = predictor_alone(restorer)(tensor)[0].permute(1, 2, 0).mul(255).round().byte().numpy()
-        shown = {f"{task}, synthetic": y_d, "initial predictor": y_eps, "4 steps": restorer(y_d), name: photo}
+        y_eps, result = restorer.predict(y_d), restorer(y_d)
+        shown = {f"{task}, synthetic": y_d, "initial predictor": y_eps, "4 steps": result, name: photo}
         for column, (label, picture) in enumerate(shown.items()):
             place = column * SIDE, row * (SIDE + LABEL)
             sheet.paste(Image.fromarray(picture[top : top + SIDE, left : left + SIDE]), place)
