@@ -55,7 +55,7 @@ def test_every_row_is_kept_and_the_rest_resumed(
         return whole(operation, form, *rest)
 
     monkeypatch.setattr(bench, "step_of", failing)
-    assert bench.main(arguments(file, "--resume")) == 0
+    assert bench.main(arguments(file, "--resume", "--minutes", "600")) == 0
     found = json.loads(file.read_text())
     assert found["left_out"] == [] and len(found["rows"]) == 6
     for row in found["rows"]:
@@ -70,7 +70,7 @@ def test_every_row_is_kept_and_the_rest_resumed(
     monkeypatch.setattr(
         bench, "step_of", lambda operation, *rest: measured.append(operation) or whole(operation, *rest)
     )
-    assert bench.main(arguments(file, "--resume")) == 0
+    assert bench.main(arguments(file, "--resume", "--minutes", "600")) == 0
     assert {*measured} == {"adaln"}  # what failed is measured again
     assert not any("error" in form for row in json.loads(file.read_text())["rows"] for form in row["forms"].values())
 
