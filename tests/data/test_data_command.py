@@ -173,7 +173,7 @@ def test_a_synthetic_test_set(tmp_path: Path, picture: Callable[..., Path], caps
 
 
 def test_a_synthetic_test_set_of_scikit_images_photos(tmp_path: Path) -> None:
-    pytest.importorskip("skimage")
+    pytest.importorskip("skimage", reason="scikit-image, whose photos these are, is not installed")
     assert main(["make", "--task", "dehaze", "-o", str(tmp_path / "set")]) == 0
     names = sorted(path.name for path in (tmp_path / "set/target").iterdir())
     assert names == ["astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.png"]
