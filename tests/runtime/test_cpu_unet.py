@@ -20,7 +20,7 @@ from dtpm_fast.runtime.plan import Plan, native_form
 from dtpm_fast.runtime.sampler import make_steps
 from dtpm_fast.runtime.unet import FoldedUNet, MergedAdapter, PictureMap, own_mean
 
-_nafnet = pytest.importorskip("dtpm_fast._nafnet", reason="dtpm_fast._nafnet was not built (it needs OpenMP; reinstall): blocks run through PyTorch")
+_nafnet = pytest.importorskip("dtpm_fast._nafnet", reason="dtpm_fast._nafnet was not built, which needs OpenMP")
 
 ISAS = _nafnet.instruction_sets()
 # Samples, channels, height, width: one pixel, odd sides, several bands and column strips, channels that fill no panel.
