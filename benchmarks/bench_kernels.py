@@ -183,7 +183,7 @@ def measure(
     row = {"operation": operation, "channels": channels, "dtype": dtype, "direction": direction, "shape": list(shape)}
     row |= {"predicted_MB": round(moved / 1e6, 1), "forms": forms}
     if ours:
-        row["share_of_copy_bandwidth"] = round(moved / (ours * 1e-3) / (copy * 1e9), 3)
+        row["share_of_copy_bandwidth"] = float(f"{moved / (ours * 1e-3) / (copy * 1e9):.3g}")
     steps.clear()
     gc.collect()
     if timer.device == "cuda":

@@ -121,14 +121,13 @@ def _stand_alone(channels: int, dtype: torch.dtype) -> Iterator[Case]:
         options = adaln_triton.launch_options(channels, channels_last)
         for kernel in (adaln_triton.adaln_forward_kernel, adaln_triton.adaln_backward_kernel):
             yield Case(kernel, channels, dtype, layout, options)
-        block_c, block_p = channel_attention_triton.blocks_of(channels)
-        blocks = {"BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": 4}
+        options = channel_attention_triton.launch_options(channels)
         product, offset = layout | {"PRODUCT": True}, layout | {"OFFSET": True}
-        yield Case(channel_attention_triton.channel_sums_kernel, channels, dtype, product, blocks)
-        yield Case(channel_attention_triton.scale_channels_kernel, channels, dtype, offset, blocks)
-    blocks = simple_gate_triton.blocks_of(channels) | {"num_warps": 4}
+        yield Case(channel_attention_triton.channel_sums_kernel, channels, dtype, product, options)
+        yield Case(channel_attention_triton.scale_channels_kernel, channels, dtype, offset, options)
+    options = simple_gate_triton.launch_options(channels)
     for kernel in (simple_gate_triton.simple_gate_forward_kernel, simple_gate_triton.simple_gate_backward_kernel):
-        yield Case(kernel, channels, dtype, {}, blocks)
+        yield Case(kernel, channels, dtype, {}, options)
 
 
 def _fused(channels: int, dtype: torch.dtype) -> Iterator[Case]:

@@ -16,16 +16,16 @@ def simple_gate_forward(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty(
         (samples, channels // 2, height, width), dtype=x.dtype, device=x.device, memory_format=layout_of(x)
     )
-    grid, rows, half, blocks = _plan(x)
-    simple_gate_forward_kernel[grid](x, out, rows, half, **blocks, **COMPILER)
+    grid, rows, half, options = _plan(x)
+    simple_gate_forward_kernel[grid](x, out, rows, half, **options, **COMPILER)
     return out
 
 
 def simple_gate_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Gradient of `simple_gate`'s input; `grad` is in `x`'s layout."""
     grad_x = torch.empty_like(x, memory_format=layout_of(x))
-    grid, rows, half, blocks = _plan(x)
-    simple_gate_backward_kernel[grid](grad, x, grad_x, rows, half, **blocks, **COMPILER)
+    grid, rows, half, options = _plan(x)
+    simple_gate_backward_kernel[grid](grad, x, grad_x, rows, half, **options, **COMPILER)
     return grad_x
 
 
@@ -34,15 +34,15 @@ def _plan(x: torch.Tensor) -> tuple[tuple[int], int, int, Options]:
     rows, half = samples, channels // 2 * height * width
     if is_channels_last(x):
         rows, half = samples * height * width, channels // 2
-    blocks = blocks_of(half)
-    grid = (triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(half, blocks["BLOCK_HALF"]),)
-    return grid, rows, half, blocks
+    options = launch_options(half)
+    grid = (triton.cdiv(rows, options["BLOCK_ROWS"]) * triton.cdiv(half, options["BLOCK_HALF"]),)
+    return grid, rows, half, options
 
 
-def blocks_of(half: int) -> Options:
-    """Rows of `half` elements and how much of each make a tile of 2,048 elements."""
+def launch_options(half: int) -> Options:
+    """Rows of `half` elements and how much of each make a tile of 2,048, eight a thread as in channel attention."""
     block_half = min(triton.next_power_of_2(half), 1024)
-    return {"BLOCK_ROWS": 2048 // block_half, "BLOCK_HALF": block_half}
+    return {"BLOCK_ROWS": 2048 // block_half, "BLOCK_HALF": block_half, "num_warps": 8}
 
 
 @triton.jit

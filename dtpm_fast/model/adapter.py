@@ -34,5 +34,7 @@ def resize_to_level(y_eps: Tensor, level: int) -> Tensor:
     """y_eps (B, 3, H, W) at 1 / 2^level of its size: bilinear, antialiased."""
     if level == 0:
         return y_eps
-    size = [side >> level for side in y_eps.shape[-2:]]
-    return F.interpolate(y_eps, size=size, mode="bilinear", antialias=True, align_corners=False)
+    height, width = (side >> level for side in y_eps.shape[-2:])
+    if height > width == 1:  # the result of PyTorch's antialiased resize is wrong for such a map, on the CPU
+        return resize_to_level(y_eps.mT, level).mT
+    return F.interpolate(y_eps, size=(height, width), mode="bilinear", antialias=True, align_corners=False)

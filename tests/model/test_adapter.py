@@ -1,5 +1,6 @@
 """Equation 5, the Conditional Guidance Adapter."""
 
+import pytest
 import torch
 
 from dtpm_fast.model.adapter import CGAdapter, resize_to_level
@@ -42,3 +43,20 @@ def test_resize_to_level_averages():
     assert resize_to_level(y_eps, 3).shape == (1, 3, 4, 6)
     assert torch.equal(resize_to_level(y_eps, 0), y_eps)
     assert resize_to_level(y_eps, 3).std() < 0.4  # antialiased: noise averages out instead of being picked
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (24, 8), (8, 24), (40, 16)])
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_resize_to_level_is_a_triangle_filter(height: int, width: int, level: int) -> None:
+    """Down to maps one pixel wide, where PyTorch's own result would be wrong."""
+
+    def matrix(size: int) -> torch.Tensor:
+        factor = 2**level
+        centres = (torch.arange(size // factor, dtype=torch.float64) + 0.5) * factor
+        distances = (torch.arange(size, dtype=torch.float64) + 0.5 - centres[:, None]).abs()
+        weights = (1 - distances / factor).clamp(min=0)
+        return weights / weights.sum(1, keepdim=True)
+
+    y_eps = torch.randn(2, 3, height, width, dtype=torch.float64)
+    expected = matrix(height) @ y_eps @ matrix(width).T
+    torch.testing.assert_close(resize_to_level(y_eps, level), expected, rtol=0, atol=1e-12)
