@@ -47,7 +47,8 @@ def test_resize_to_level_averages():
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (24, 8), (8, 24), (40, 16)])
 @pytest.mark.parametrize("level", [1, 2, 3])
-def test_resize_to_level_is_a_triangle_filter(height: int, width: int, level: int) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_resize_to_level_is_a_triangle_filter(height: int, width: int, level: int, device: str) -> None:
     """Down to maps one pixel wide, where PyTorch's own result would be wrong."""
 
     def matrix(size: int) -> torch.Tensor:
@@ -59,4 +60,4 @@ def test_resize_to_level_is_a_triangle_filter(height: int, width: int, level: in
 
     y_eps = torch.randn(2, 3, height, width, dtype=torch.float64)
     expected = matrix(height) @ y_eps @ matrix(width).T
-    torch.testing.assert_close(resize_to_level(y_eps, level), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(resize_to_level(y_eps.to(device), level).cpu(), expected, rtol=0, atol=1e-12)
