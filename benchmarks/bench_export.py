@@ -39,7 +39,7 @@ from dtpm_fast.runtime.sampler import make_steps, sample
 from dtpm_fast.runtime.shipped import find_weights
 from dtpm_fast.weights_file import load_model, save_weights
 
-IMPORTS = "import onnxruntime, onnxscript, dtpm_fast.export.exporter, dtpm_fast.export.restorer, torchvision"
+IMPORTS = "import onnx, onnxruntime, dtpm_fast.export.exporter, dtpm_fast.export.restorer, torchvision"
 COLD = """
 import sys, time
 start = time.perf_counter()

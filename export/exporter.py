@@ -93,7 +93,7 @@ def export_folder(
             report(spec.file)
             (folder / spec.file).parent.mkdir(parents=True, exist_ok=True)
             if kind != "aoti":
-                write_onnx(module, list(inputs.values()), dynamic, spec.inputs, spec.outputs, folder / spec.file)
+                write_onnx(module, inputs, spec.inputs, spec.outputs, folder / spec.file)
             else:
                 write_aoti(module, list(inputs.values()), dynamic, folder / spec.file, device)
         report("comparing")
@@ -237,7 +237,7 @@ def _file(kind: str, name: str) -> str:
 def _versions(kind: str) -> dict[str, str]:
     packages = ["dtpm-fast", "torch"]
     if kind != "aoti":
-        packages += ["onnx", "onnxscript", "onnxruntime-gpu"]
+        packages += ["onnx", "onnxruntime-gpu"]
     found = {}
     for package in packages:
         try:

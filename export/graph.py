@@ -9,11 +9,14 @@ are float32 in graphs of 16 bits as well: float16 overflows in LN's variance, a 
     restored   = clip(y_eps + x, -1, 1)
 """
 
+import copy
+import itertools
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dtpm_fast.runtime.plan import Plan, Prepare, Step
 from dtpm_fast.runtime.sampler import C_IN, Steps, update
@@ -30,6 +33,9 @@ class PrepareGraph(nn.Module):
         prepare = plan.prepare_module
         self.config, self.dtype = prepare.config, prepare.dtype
         self.semantic, self.code_mlp = prepare.semantic, prepare.code_mlp
+        if self.semantic is not None:
+            self.semantic = copy.deepcopy(self.semantic)
+            fold_batch_norms(self.semantic.trunk)
         if self.code_mlp is not None:
             self.register_buffer("projection", prepare.projection)
         self.predictor: UNetGraph | None = None
@@ -71,7 +77,7 @@ class PrepareGraph(nn.Module):
         antialiased Resize."""
         semantic = self.semantic
         assert semantic is not None
-        rows, columns = (_resize_matrix(image.shape[dim], 224, image) for dim in (2, 3))
+        rows, columns = (_resize_matrix(image.size(dim), 224, image) for dim in (2, 3))
         image = torch.matmul(torch.matmul(rows, image), columns.transpose(0, 1))
         return semantic.trunk((image * 0.5 + 0.5 - semantic.mean) / semantic.std).mean(dim=(2, 3))
 
@@ -201,12 +207,22 @@ class BlockGraph(nn.Module):
 
 def _adaln(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LN(x) * scale + shift in float32; "1 +" is in scale."""
-    normal = F.layer_norm(x.permute(0, 2, 3, 1).float(), x.shape[1:2], eps=1e-6)
+    normal = F.layer_norm(x.permute(0, 2, 3, 1).float(), (x.size(1),), eps=1e-6)
     return (normal * scale[:, None, None] + shift[:, None, None]).to(x.dtype).permute(0, 3, 1, 2)
 
 
 def _gate(x: Tensor, channels: int) -> Tensor:
     return x[:, :channels] * x[:, channels:]
+
+
+def fold_batch_norms(module: nn.Module) -> None:
+    """Put every batch norm into the convolution before it, in place: torchvision's trunks list the two so."""
+    for parent in module.modules():
+        children = list(parent.named_children())
+        for (name, conv), (next_name, norm) in itertools.pairwise(children):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, next_name, nn.Identity())
 
 
 def _triangle(factor: int) -> Tensor:

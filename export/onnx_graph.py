@@ -1,81 +1,90 @@
 """ONNX files from the graphs: opset 18 (22 with bfloat16), standard operators, named dynamic sides, one file each."""
 
-import gc
 import hashlib
-import logging
-import warnings
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from dtpm_fast.errors import UserError
-from dtpm_fast.export.manifest import TensorSpec
+from dtpm_fast.export.manifest import DTYPES, TensorSpec
+from dtpm_fast.export.onnx_trace import TYPES, trace
 
 OPSET = 18
 # The first version whose Conv takes bfloat16. For the operators in these graphs the versions between add types and
 # optional attributes only, so that the number is all that changes.
 OPSET_BFLOAT16 = 22
+IR = 10  # the format's version: what opset 22 needs, and runtimes since 2024 read
 LARGEST = (1 << 31) - (1 << 24)  # bytes of weights: protobuf's limit, less room for the graph itself
 
 
 def write_onnx(
     module: nn.Module,
-    inputs: Sequence[Tensor],
-    dynamic: Any,
+    inputs: dict[str, Tensor],
     input_specs: Sequence[TensorSpec],
     output_specs: Sequence[TensorSpec],
     file: Path,
 ) -> None:
-    """Export `module` called with `inputs` to `file`; `dynamic` as `torch.export` takes it. The specs name the tensors
-    and their sides. The result has passed onnx.checker and ONNX's shape inference in strict mode."""
+    """Write `module` as it would run on `inputs` to `file`. The specs name the tensors and their sides. The result has
+    passed onnx.checker and ONNX's shape inference in strict mode."""
     try:
         import onnx
-        import onnxscript  # noqa: F401 - torch.onnx needs it
+        from onnx import helper
     except ImportError as error:
         raise UserError(f"ONNX export needs the extra: pip install 'dtpm-fast[export]' ({error})") from error
-    model = _converted(
-        module, inputs, dynamic, [[spec.name for spec in given] for given in (input_specs, output_specs)]
-    )
-    gc.collect()  # the exporter's programs hold each other in cycles, and through them copies of weights
-    # The exporter notes its Python stack at every node: the paths of this machine, and megabytes.
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    del model.graph.metadata_props[:], model.graph.value_info[:]
-    for value, spec in zip([*model.graph.input, *model.graph.output], [*input_specs, *output_specs], strict=True):
-        del value.metadata_props[:]
-        for dim, side in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
-            dim.Clear()
-            if isinstance(side, str):
-                dim.dim_param = side
-            else:
-                dim.dim_value = side
-    if any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in model.graph.initializer):
-        model.opset_import[0].version = OPSET_BFLOAT16
-    foreign = sorted({node.domain for node in model.graph.node} - {"", "ai.onnx"})
-    if foreign or model.functions:
-        raise UserError(f"{file.name}: holds operators outside the ONNX standard ({', '.join(foreign)})")
-    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LARGEST:
+    traced = trace(module, inputs, [spec.name for spec in output_specs])
+    if sum(value.nbytes for value in traced.weights.values()) > LARGEST:
         raise UserError(f"{file.name}: would be larger than the 2 GiB that an ONNX file can be; try --precision fp16")
-    file.write_bytes(model.SerializeToString())
-    del model  # the checker reads the file: one copy at a time
+    bfloat16 = any(value.dtype == torch.bfloat16 for value in traced.weights.values())
+    opset = helper.make_opsetid("", OPSET_BFLOAT16 if bfloat16 else OPSET)
+    inputs_info, outputs_info = (
+        [helper.make_tensor_value_info(spec.name, TYPES[DTYPES[spec.dtype]], spec.shape) for spec in given]
+        for given in (input_specs, output_specs)
+    )
+    graph = helper.make_graph(traced.nodes, file.stem, inputs_info, outputs_info)
+    model = helper.make_model(
+        graph,
+        opset_imports=[opset],
+        ir_version=IR,
+        producer_name="dtpm-fast",
+        producer_version=metadata.version("dtpm-fast"),
+    )
+    with file.open("wb") as stream:
+        write_model(model, traced.weights, stream)
+    del traced, model, graph  # the checker reads the file: one copy at a time
     onnx.checker.check_model(str(file), full_check=True)
 
 
-def _converted(module: nn.Module, inputs: Sequence[Tensor], dynamic: Any, names: list[list[str]]) -> Any:
-    with warnings.catch_warnings(), torch.no_grad():
-        # The exporter's own deprecations and notes on its optimiser: nothing that a user could act on.
-        warnings.simplefilter("ignore")
-        logging.getLogger("onnxscript").setLevel(logging.ERROR)
-        program = torch.export.export(module, tuple(inputs), dynamic_shapes=dynamic, strict=False)
-        exported = torch.onnx.export(
-            program, (), input_names=names[0], output_names=names[1], dynamo=True, opset_version=OPSET, verbose=False
-        )
-    assert exported is not None
-    return exported.model_proto
+def write_model(model: Any, weights: dict[str, Tensor], stream: BinaryIO) -> None:
+    """`model` with `weights` as its initializers, in protobuf's wire format, a tensor at a time: with the message built
+    whole, a network would be in memory three times."""
+    from onnx import TensorProto
+
+    head, body = type(model)(), model.graph.SerializeToString()
+    head.CopyFrom(model)
+    head.ClearField("graph")
+    protos = ((TensorProto(name=name, data_type=TYPES[w.dtype], dims=w.shape), w) for name, w in weights.items())
+    tensors = [(proto.SerializeToString(), weight) for proto, weight in protos]
+    # Fields 5 of GraphProto (initializer) and 9 of TensorProto (raw_data), both of wire type 2: bytes behind a length.
+    lengths = [len(start) + len(_field(9, w.nbytes)) + w.nbytes for start, w in tensors]
+    length = len(body) + sum(len(_field(5, n)) + n for n in lengths)
+    stream.write(head.SerializeToString() + _field(7, length) + body)
+    for n, (start, weight) in zip(lengths, tensors, strict=True):
+        stream.write(_field(5, n) + start + _field(9, weight.nbytes))
+        stream.write(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _field(number: int, length: int) -> bytes:
+    """The start of a protobuf field of bytes: number and wire type, and the length as a varint."""
+    found, value = bytearray([number << 3 | 2]), length
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    found.append(value)
+    return bytes(found)
 
 
 def structure(file: Path) -> str:
