@@ -62,8 +62,9 @@ class DiffusionConfig:
     # p(gamma) of eq. 4: uniform in sqrt(gamma) between two neighbours of the schedule, or on the schedule itself.
     gamma_sampling: Literal["continuous", "discrete"] = "continuous"
     loss: Literal["l1", "l2"] = "l1"
-    # Weight of a sample in the loss: none as in the paper, or min-SNR (Hang et al. 2023) on the epsilon loss.
-    loss_weighting: Literal["none", "min_snr"] = "none"
+    # Weight of a sample in the loss: none as in the paper; min-SNR (Hang et al. 2023) on the epsilon loss; or EDM's
+    # (Karras et al. 2022), equal for an error of the preconditioned network at every noise level.
+    loss_weighting: Literal["none", "min_snr", "edm"] = "none"
     spacing: Literal["trailing", "leading", "linspace"] = "trailing"
     eta: float = 0.0
     clip: bool = True  # keep y + x0 inside [-1, 1] at every step
@@ -250,6 +251,8 @@ def _check(config: Config) -> None:
     for name, number in {"lr": train.lr, "sigma_data": model.sigma_data, "adapter_ratio": model.adapter_ratio}.items():
         if not number > 0:
             raise UserError(f"{name} = {number}: must be greater than 0")
+    if diffusion.loss_weighting == "edm" and model.parameterization != "preconditioned":
+        raise UserError("loss_weighting = edm: weighs the preconditioned network; set parameterization=preconditioned")
     if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
         raise UserError("beta_start and beta_end: need 0 < beta_start <= beta_end < 1")
     shares = {

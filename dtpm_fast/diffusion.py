@@ -86,7 +86,7 @@ def stage1_loss(model: DTPM, config: DiffusionConfig, x_g: Tensor, y_s: Tensor, 
     x_g: the photo, y_s: its RTV-smoothed self. The semantic code is y_s's. Returns the mean, a scalar.
     """
     x_t = add_noise(x_g - y_s, eps, gamma)
-    return _distance(eps, estimate(model, x_t, y_s, gamma, model.code(y_s)).eps, gamma, config)
+    return _distance(eps, estimate(model, x_t, y_s, gamma, model.code(y_s)).eps, gamma, config, model.config.sigma_data)
 
 
 def stage2_loss(
@@ -100,11 +100,15 @@ def stage2_loss(
     y_eps = model.predict(y_d)
     x_t = add_noise(y_g - y_eps, eps, gamma)
     found = estimate(model, x_t, model.condition_of(y_d, y_eps), gamma, model.code_of(y_d, y_eps), y_eps)
-    return _distance(eps, found.eps, gamma, config), y_eps
+    return _distance(eps, found.eps, gamma, config, model.config.sigma_data), y_eps
 
 
-def _distance(eps: Tensor, eps_hat: Tensor, gamma: Tensor, config: DiffusionConfig) -> Tensor:
+def _distance(eps: Tensor, eps_hat: Tensor, gamma: Tensor, config: DiffusionConfig, sigma_data: float) -> Tensor:
     difference = eps_hat - eps
+    if config.loss_weighting == "edm":
+        # An error of eps is a sigma_d / sqrt(v) times one of F (`scalings`): equal in F (Karras et al. 2022, table 1).
+        a = _wide(gamma).sqrt().clamp_min(1e-10)
+        difference = difference * (a**2 * sigma_data**2 + 1 - a**2).sqrt() / (a * sigma_data)
     each = (difference.abs() if config.loss == "l1" else difference.square()).mean(dim=(1, 2, 3))
     if config.loss_weighting == "min_snr":
         # min(SNR, 5) / SNR on an epsilon loss (Hang et al. 2023, "Min-SNR", eq. 8), SNR = gamma / (1 - gamma).

@@ -132,6 +132,21 @@ def test_min_snr_weights_only_clean_samples_less():
     assert ratio(0.99) == pytest.approx(5 * 0.01 / 0.99)
 
 
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("gamma", [4e-5, 0.3, 0.999])
+def test_edm_weighs_the_output_of_the_network_equally(loss: str, gamma: float):
+    """Karras et al. 2022, table 1: against the target of F itself, F = (x0 - x0_x x_t) / x0_f."""
+    model, _ = small_model(stage=1)
+    residual, y, eps = (torch.randn(2, 3, 16, 16).double() for _ in range(3))
+    gammas = torch.full((2,), gamma, dtype=torch.float64)
+    x_t = add_noise(residual, eps, gammas)
+    c_in, _, _, x0_x, x0_f = scalings(gammas, model.config)
+    error = model.denoise(c_in * x_t, y, gammas, model.code(y)) - (residual - x0_x * x_t) / x0_f
+    expected = error.abs().mean() if loss == "l1" else error.square().mean()
+    found = stage1_loss(model, DiffusionConfig(loss_weighting="edm", loss=loss), y + residual, y, eps, gammas)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_trailing_timesteps():
     assert ddim_timesteps(4, SCHEDULE) == [999, 749, 499, 249]
     assert ddim_timesteps(1, SCHEDULE) == [999]

@@ -59,6 +59,7 @@ OPEN_CHOICES = {
     "raw-eps": Row("raw ε output", both=("parameterization=eps",)),
     "l2": Row("L2 loss", both=("loss=l2",)),
     "min-snr": Row("min-SNR weighting", both=("loss_weighting=min_snr",)),
+    "edm": Row("EDM weighting", both=("loss_weighting=edm",)),
     "discrete-gamma": Row("γ on the schedule", both=("gamma_sampling=discrete",)),
     "condition-predicted": Row("condition y_ε", ("condition=predicted",)),
     "code-degraded": Row("code of y_d", ("code_source=degraded",)),
