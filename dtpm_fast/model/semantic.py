@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dtpm_fast.errors import UserError
+from dtpm_fast.model.mobilenet import CHANNELS, mobilenet_v3_small_trunk
 
 COMPACT_FILE = Path(__file__).parent.parent / "weights" / "compact.safetensors"
 # torchvision's IMAGENET1K_V1 weights; the name carries the first 8 digits of the file's SHA-256.
@@ -50,15 +51,13 @@ class SemanticEncoder(nn.Module):
 
 
 def compact_encoder() -> SemanticEncoder:
-    """The trunk of torchvision's MobileNetV3-Small (0.93M parameters), 576-d code, with fresh weights."""
-    from torchvision.models import mobilenet_v3_small  # here: the import takes over a second, and "none" needs none
-
-    return SemanticEncoder(mobilenet_v3_small(weights=None).features, 576)
+    """The trunk of MobileNetV3-Small (0.93M parameters), 576-d code, with fresh weights."""
+    return SemanticEncoder(mobilenet_v3_small_trunk(), CHANNELS)
 
 
 def resnet18_encoder() -> SemanticEncoder:
     """The trunk of ResNet-18 (the paper's encoder), 512-d code, with fresh weights."""
-    from torchvision.models import resnet18
+    from torchvision.models import resnet18  # here: the import takes seconds, and no other encoder needs it
 
     resnet = resnet18(weights=None)
     return SemanticEncoder(nn.Sequential(*list(resnet.children())[:-2]), 512)

@@ -1,7 +1,11 @@
 """The semantic encoders: shipped, downloaded by hash, and what happens offline."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch import nn
 from torchvision.models import ResNet18_Weights, mobilenet_v3_small, resnet18
 
 from dtpm_fast.config import Config
@@ -30,8 +34,26 @@ def test_the_shipped_compact_encoder_loads_and_stays_frozen():
 
 
 def test_compact_is_torchvisions_trunk():
-    assert set(load_compact()) == {f"trunk.{key}" for key in mobilenet_v3_small(weights=None).features.state_dict()}
-    compact_encoder().load_state_dict(load_compact(), strict=True)
+    theirs, ours = mobilenet_v3_small(weights=None).features.eval(), compact_encoder().trunk
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    image = torch.randn(2, 3, 61, 97)
+    assert torch.allclose(ours(image), theirs(image), rtol=1e-5, atol=1e-6)
+    assert {f"trunk.{key}" for key in ours.state_dict()} == set(load_compact())
+
+
+def test_restoring_loads_neither_torchvision_nor_the_compiler():
+    """They are half of the time from a process's start to its first picture."""
+    program = (
+        "import sys, torch\nfrom dtpm_fast import Restorer\n"
+        "Restorer.from_pretrained('light', 'derain', steps=1, device='cpu')(torch.rand(1, 3, 16, 16))\n"
+        "assert not {'torchvision', 'torch._dynamo'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_resnet18_pooled_feature_is_torchvisions():
