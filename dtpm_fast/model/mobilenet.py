@@ -25,7 +25,8 @@ CHANNELS = 576  # of the last map
 
 def mobilenet_v3_small_trunk() -> nn.Sequential:
     """Images (B, 3, H, W), normalised as ImageNet's, to (B, 576, H / 32, W / 32), rounded up; fresh weights."""
-    layers, channels = [_conv(3, 16, 3, stride=2, activation=nn.Hardswish)], 16
+    layers: list[nn.Module] = [_conv(3, 16, 3, stride=2, activation=nn.Hardswish)]
+    channels = 16
     for kernel, expanded, out, squeeze, hswish, stride in BLOCKS:
         activation = nn.Hardswish if hswish else nn.ReLU
         layers.append(InvertedResidual(channels, expanded, out, kernel, stride, squeeze, activation))
