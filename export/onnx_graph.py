@@ -69,15 +69,15 @@ def write_model(model: Any, weights: dict[str, Tensor], stream: BinaryIO) -> Non
     protos = ((TensorProto(name=name, data_type=TYPES[w.dtype], dims=w.shape), w) for name, w in weights.items())
     tensors = [(proto.SerializeToString(), weight) for proto, weight in protos]
     # Fields 5 of GraphProto (initializer) and 9 of TensorProto (raw_data), both of wire type 2: bytes behind a length.
-    lengths = [len(start) + len(_field(9, w.nbytes)) + w.nbytes for start, w in tensors]
-    length = len(body) + sum(len(_field(5, n)) + n for n in lengths)
-    stream.write(head.SerializeToString() + _field(7, length) + body)
+    lengths = [len(start) + len(field_start(9, w.nbytes)) + w.nbytes for start, w in tensors]
+    length = len(body) + sum(len(field_start(5, n)) + n for n in lengths)
+    stream.write(head.SerializeToString() + field_start(7, length) + body)
     for n, (start, weight) in zip(lengths, tensors, strict=True):
-        stream.write(_field(5, n) + start + _field(9, weight.nbytes))
+        stream.write(field_start(5, n) + start + field_start(9, weight.nbytes))
         stream.write(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _field(number: int, length: int) -> bytes:
+def field_start(number: int, length: int) -> bytes:
     """The start of a protobuf field of bytes: number and wire type, and the length as a varint."""
     found, value = bytearray([number << 3 | 2]), length
     while value > 127:

@@ -1,6 +1,6 @@
 """The trunk of MobileNetV3-Small (Howard et al. 2019, table 2), with the state dict of torchvision's `features`.
 
-torchvision's own is the same network, and a test holds the two together; importing it loads PyTorch's compiler, a third
+torchvision's own is the same network, and a test holds the two together; importing it loads PyTorch's compiler, half
 of the time from a process's start to its first picture.
 """
 

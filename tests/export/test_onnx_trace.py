@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dtpm_fast.export.graph import fold_batch_norms
 from dtpm_fast.export.manifest import TensorSpec
-from dtpm_fast.export.onnx_graph import _field, write_onnx
+from dtpm_fast.export.onnx_graph import field_start, write_onnx
 from dtpm_fast.export.onnx_trace import WRITERS, trace
 from dtpm_fast.export.ort import open_session
 from dtpm_fast.model.semantic import resnet18_encoder
@@ -131,8 +131,8 @@ def test_the_weights_are_in_the_file(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 15), st.integers(0, 2**34))
-def test_the_start_of_a_field(number: int, length: int) -> None:
-    start = _field(number, length)
+def test_the_start_of_afield_start(number: int, length: int) -> None:
+    start = field_start(number, length)
     assert start[0] == number << 3 | 2
     assert sum((byte & 127) << 7 * i for i, byte in enumerate(start[1:])) == length
     assert [byte > 127 for byte in start[1:]] == [True] * (len(start) - 2) + [False]
