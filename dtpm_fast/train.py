@@ -100,6 +100,8 @@ def _train(args: argparse.Namespace) -> Path:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     world.say(f"data: {source.about}; validation on {len(source.validation)} crops")
     world.say(f"model: {config.model.preset}, {trained / 1e6:.2f}M parameters train")
+    if config.train.tune == "predictor" and prior is None:
+        world.say("no --prior: the denoiser stays untrained; go on with --init on this run's weights")
     about = {"data": source.about, "device": why}
     if args.init is not None:
         about["started_from"] = args.init.name
@@ -120,9 +122,10 @@ def _build(args: argparse.Namespace, config: Config, prior: Any) -> DTPM:
             raise UserError("--prior belongs to stage 2")
         _check_same_network(prior.config, config, args.prior)
         fill(model, prior)
-    elif args.stage == 2 and config.train.tune != "all":
+    elif args.stage == 2 and config.train.tune not in ("all", "predictor"):
         raise UserError(
-            "stage 2 needs --prior, the weights of stage 1; or --set tune=all to do without stage 1 (table 6, row 1)"
+            "stage 2 needs --prior, the weights of stage 1; or --set tune=all to do without stage 1 (table 6, row 1), or "
+            "tune=predictor to train the initial predictor alone"
         )
     return model
 

@@ -190,6 +190,20 @@ def test_a_pickle_in_the_place_of_a_checkpoint_is_not_executed(photos, tmp_path,
     assert not marker.exists()
 
 
+def test_a_predictor_trained_before_there_is_a_prior(photos, tmp_path, tiny, capsys):
+    first, prior = tmp_path / "first", tmp_path / "prior"
+    assert stage2(photos, first, [*tiny, "steps=3", "tune=predictor", "validation_images=0"]) == 0
+    assert "the denoiser stays untrained" in capsys.readouterr().out
+    assert stage1(photos, prior, [*tiny, "steps=2", "validation_images=0"]) == 0
+    settings = [*tiny, "steps=1", "lr=1e-30", "lr_min=1e-30", "validation_images=0"]
+    begun = ["--prior", str(prior / "weights.safetensors"), "--init", str(first / "weights.safetensors")]
+    assert stage2(photos, tmp_path / "second", settings, *begun) == 0
+    files = {run: load_file(tmp_path / run / "weights.safetensors") for run in ("first", "prior", "second")}
+    for name, value in files["second"].items():
+        source = "prior" if name.startswith("denoiser.") else "first"
+        torch.testing.assert_close(value, files[source][name], rtol=0, atol=1e-20)
+
+
 def test_wrong_uses_are_one_line_each(photos, tmp_path, tiny, capsys):
     prior = tmp_path / "prior" / "weights.safetensors"
     assert stage1(photos, tmp_path / "prior", [*tiny, "steps=2", "validation_images=0"]) == 0
