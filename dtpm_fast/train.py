@@ -124,8 +124,8 @@ def _build(args: argparse.Namespace, config: Config, prior: Any) -> DTPM:
         fill(model, prior)
     elif args.stage == 2 and config.train.tune not in ("all", "predictor"):
         raise UserError(
-            "stage 2 needs --prior, the weights of stage 1; or --set tune=all to do without stage 1 (table 6, row 1), or "
-            "tune=predictor to train the initial predictor alone"
+            "stage 2 needs --prior, the weights of stage 1; or --set tune=all to do without stage 1 (table 6, row 1), "
+            "or tune=predictor to train the initial predictor alone"
         )
     return model
 

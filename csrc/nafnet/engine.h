@@ -16,7 +16,7 @@ public:
                        float* sums, int threads) {
         const long C = s.channels, strip = strip_width(s), strips = (s.width + strip - 1) / strip;
         // Rows of conv1's output that are made together: several where the map is narrow, so that tiles are full.
-        const long group = std::max(1L, 2 * PANEL / std::min(s.width, strip));
+        const long group = (2 * PANEL - 1) / std::min(s.width, strip) + 1;
         const long bands = std::min((s.height + group - 1) / group, bands_for(s, strips, threads));
         const long pixel = 2 * C + PAD, slots = group + 2, row_size = (std::min(strip, s.width) + 2) * pixel;
         const long tasks = s.samples * bands * strips;
@@ -42,16 +42,19 @@ public:
                 for (long y0 = top; y0 < bottom; y0 += group) {
                     const long y1 = std::min(bottom, y0 + group), until = std::min(s.height, y1 + 1);
                     const long columns = right - left, pixels = (until - made) * columns;
-                    for (long first = 0; first < pixels; first += PANEL) {
-                        const long n = std::min(PANEL, pixels - first);
+                    const long panel_pixels = panel_for(pixels);
+                    for (long first = 0; first < pixels; first += panel_pixels) {
+                        const long n = std::min(panel_pixels, pixels - first);
+                        const float* from[PANEL];
                         float* to[PANEL];
                         for (long p = 0; p < n; ++p) {
                             const long y = made + (first + p) / columns, c = left + (first + p) % columns;
-                            normalise(map + (y * s.width + c) * C, normal + p * (C + PAD), C, scale.of(sample),
-                                      shift.of(sample));
+                            from[p] = map + (y * s.width + c) * C;
                             to[p] = ring + y % slots * row_size + (c - c0 + 1) * pixel;
                         }
+                        normalise(from, normal, n, C, scale.of(sample), shift.of(sample));
                         product(normal, C + PAD, n, C, conv1, C / V, [&](long p, long panel, vec a, vec b) {
+                            if (panel * V % 16 == 0) fetch(from[p] + PANEL * C + panel * V);
                             float* out = to[p] + panel * 2 * V;
                             store(out, a + load(conv1_bias + panel * 2 * V));
                             store(out + V, b + load(conv1_bias + panel * 2 * V + V));
@@ -112,14 +115,15 @@ public:
                             [&](long p, long panel, vec a, vec b) {
                                 const long c = panel * 2 * V;
                                 const float* before = x + at + p * C + c;
+                                fetch(gated + at + (PANEL + p) * C + c);
                                 float* y = input_row + p * wide + at_y + c;
                                 // x last: one rounding of x's size.
                                 store(y, a + load(conv3_bias + c) + load(before));
                                 if (c + V < C) store(y + V, b + load(conv3_bias + c + V) + load(before + V));
                             });
-                    for (long p = 0; p < n; ++p)
-                        normalise(input_row + p * wide + at_y, normal + p * (C + PAD), C, scale.of(sample),
-                                  shift.of(sample));
+                    const float* from[PANEL];
+                    for (long p = 0; p < n; ++p) from[p] = input_row + p * wide + at_y;
+                    normalise(from, normal, n, C, scale.of(sample), shift.of(sample));
                     product(normal, C + PAD, n, C, conv4, C / V, [&](long p, long panel, vec a, vec b) {
                         const float* bias = conv4_bias + panel * 2 * V;
                         store(input_row + p * wide + at_gate + panel * V, (a + load(bias)) * (b + load(bias + V)));
@@ -134,6 +138,8 @@ public:
                                 const float* y = input_row + p * wide + at_y + c;
                                 const float* bias = bias_map ? bias_map + at + p * C + c : conv5_bias + c;
                                 float* out = x + at + p * C + c;
+                                if (bias_map) fetch(bias + PANEL * C);
+                                fetch(out + PANEL * C);
                                 store(out, a + load(bias) + load(y));
                                 if (c + V < C) store(out + V, b + load(bias + V) + load(y + V));
                             });
@@ -195,6 +201,7 @@ public:
                         for (long k = 0; k < 2; ++k) {
                             const long j = panel * 2 * V + k * V, corner = j / half;  // corner = 2 row + column
                             float* at = to[p] + (corner / 2 * 2 * s.width + corner % 2) * half + j % half;
+                            fetch(at + 2 * PANEL * half);
                             store(at, load(at) + (k ? b : a));
                         }
                     });
@@ -270,6 +277,10 @@ private:
     static vec load(const float* from) { return *reinterpret_cast<const vec*>(from); }
     static void store(float* to, vec value) { *reinterpret_cast<vec*>(to) = value; }
 
+    // What the next panel reads or writes, into the second cache: maps larger than it come more slowly than they are used.
+    static void fetch(const float* from) { __builtin_prefetch(from, 0, 2); }
+    static void fetch(float* to) { __builtin_prefetch(to, 1, 2); }
+
     static float sum(vec value) {
         float lane[V];
         store(lane, value);
@@ -278,19 +289,55 @@ private:
         return lane[0];
     }
 
-    // One pixel: (LN(x) over its C channels) * scale + shift.
-    static void normalise(const float* x, float* to, long C, const float* scale, const float* shift) {
-        vec total = {};
-        for (long c = 0; c < C; c += V) total += load(x + c);
-        const float mean = sum(total) / float(C);
-        vec squares = {};
-        for (long c = 0; c < C; c += V) {
-            const vec centred = load(x + c) - mean;
-            squares += centred * centred;
+    // Lane p becomes the sum over the lanes of part[p]: V vectors are added up by halves, in the same order each.
+    template <int WIDTH = V / 2>
+    static vec sums_of(vec (&part)[V]) {
+        for (int i = 0; i < WIDTH; ++i)
+            part[i] = add_halves<WIDTH>(part[i], part[i + WIDTH], std::make_integer_sequence<int, V>());
+        if constexpr (WIDTH > 1) sums_of<WIDTH / 2>(part);
+        return part[0];
+    }
+
+    // In every stretch of 2 WIDTH lanes: the sum of a's two halves there, and behind it that of b's.
+    template <int WIDTH, int... LANE>
+    static vec add_halves(vec a, vec b, std::integer_sequence<int, LANE...>) {
+        constexpr int STRETCH = 2 * WIDTH;
+        return __builtin_shufflevector(
+                   a, b, (LANE / STRETCH * STRETCH + LANE % WIDTH + (LANE % STRETCH < WIDTH ? 0 : V))...) +
+               __builtin_shufflevector(
+                   a, b, (LANE / STRETCH * STRETCH + LANE % WIDTH + WIDTH + (LANE % STRETCH < WIDTH ? 0 : V))...);
+    }
+
+    // n pixels: (LN(x) over its C channels) * scale + shift, to rows C + PAD apart. V pixels at a time, which share the
+    // sums over lanes, the square root and the division.
+    static void normalise(const float* const* x, float* to, long n, long C, const float* scale, const float* shift) {
+        for (long first = 0; first < n; first += V) {
+            const float* from[V];
+            vec part[V];
+            float mean[V], inverse[V];
+            for (int p = 0; p < V; ++p) {
+                from[p] = x[std::min(first + p, n - 1)];
+                part[p] = load(from[p]);
+                for (long c = V; c < C; c += V) part[p] += load(from[p] + c);
+            }
+            store(mean, sums_of(part) / float(C));
+            for (int p = 0; p < V; ++p) {
+                vec squares = {};
+                for (long c = 0; c < C; c += V) {
+                    const vec centred = load(from[p] + c) - mean[p];
+                    squares += centred * centred;
+                }
+                part[p] = squares;
+            }
+            store(inverse, sums_of(part) / float(C) + 1e-6f);
+            for (int p = 0; p < V; ++p) inverse[p] = 1 / std::sqrt(inverse[p]);
+            const int count = int(std::min<long>(V, n - first));
+            for (int p = 0; p < count; ++p) {
+                float* out = to + (first + p) * (C + PAD);
+                for (long c = 0; c < C; c += V)
+                    store(out + c, (load(from[p] + c) - mean[p]) * inverse[p] * load(scale + c) + load(shift + c));
+            }
         }
-        const float inverse = 1 / std::sqrt(sum(squares) / float(C) + 1e-6f);
-        for (long c = 0; c < C; c += V)
-            store(to + c, (load(x + c) - mean) * inverse * load(scale + c) + load(shift + c));
     }
 
     // sums += a tile's products over inputs [first, last).
@@ -344,50 +391,65 @@ private:
         for (long first = 0; first < C / V; first += BLOCK)
             for (long c = 0; c < columns;) {
                 const long last = std::min(C / V, first + BLOCK);
-                const bool four = c + 4 <= columns;
+                const long n = c + 8 <= columns ? 8 : c + 4 <= columns ? 4 : 1;
                 for (long q = first; q < last; ++q) {
-                    if (four)
+                    if (n == 8)
+                        depthwise_columns<8>(rows, c, q, pixel, C, weight, bias, gated, sums);
+                    else if (n == 4)
                         depthwise_columns<4>(rows, c, q, pixel, C, weight, bias, gated, sums);
                     else
                         depthwise_columns<1>(rows, c, q, pixel, C, weight, bias, gated, sums);
                 }
-                c += four ? 4 : 1;
+                c += n;
             }
     }
 
     template <int N>
     static void depthwise_columns(const float* const* rows, long c, long q, long pixel, long C, const float* weight,
                                   const float* bias, float* gated, float* sums) {
+        const long at = q * 2 * V;
         vec a[N], b[N];
-        for (int n = 0; n < N; ++n) a[n] = load(bias + q * 2 * V), b[n] = load(bias + q * 2 * V + V);
-        const float* w = weight + q * 9 * 2 * V;
-#pragma GCC unroll 3
-        for (int k = 0; k < 3; ++k, w += 3 * 2 * V) {
-            const float* from = rows[k] + c * pixel + q * 2 * V;
-#pragma GCC unroll 8
-            for (int j = 0; j < N + 2; ++j) {
-                const vec ta = load(from + j * pixel), tb = load(from + j * pixel + V);
-#pragma GCC unroll 4
-                for (int n = 0; n < N; ++n)
-                    if (j - n >= 0 && j - n < 3) {
-                        a[n] += ta * load(w + (j - n) * 2 * V);
-                        b[n] += tb * load(w + (j - n) * 2 * V + V);
-                    }
-            }
-        }
+        convolve<N>(rows, c * pixel + at, pixel, weight + q * 9 * 2 * V, load(bias + at), a);
+        convolve<N>(rows, c * pixel + at + V, pixel, weight + q * 9 * 2 * V + V, load(bias + at + V), b);
         vec total = load(sums + q * V);
         for (int n = 0; n < N; ++n) {
             const vec product = a[n] * b[n];
             store(gated + (c + n) * C + q * V, product);
+            fetch(gated + (c + n + PANEL / 2) * C + q * V);
             total += product;
         }
         store(sums + q * V, total);
+    }
+
+    // V channels of N neighbouring pixels: their sums and a row of weights stay in registers.
+    template <int N>
+    static void convolve(const float* const* rows, long offset, long pixel, const float* weight, vec bias, vec (&out)[N]) {
+        for (int n = 0; n < N; ++n) out[n] = bias;
+#pragma GCC unroll 3
+        for (int k = 0; k < 3; ++k) {
+            const float* from = rows[k] + offset;
+            const vec w[3] = {load(weight + k * 6 * V), load(weight + k * 6 * V + 2 * V),
+                              load(weight + k * 6 * V + 4 * V)};
+#pragma GCC unroll 16
+            for (int j = 0; j < N + 2; ++j) {
+                const vec value = load(from + j * pixel);
+#pragma GCC unroll 8
+                for (int n = 0; n < N; ++n)
+                    if (j - n >= 0 && j - n < 3) out[n] += value * w[j - n];
+            }
+        }
     }
 
     // Bands of rows: each costs two rows more of conv1, so not many.
     static long bands_for(const Shape& s, long strips, int threads) {
         const long wanted = (threads + s.samples * strips - 1) / (s.samples * strips);
         return std::max(1L, std::min(s.height, s.height >= 64 * wanted ? 2 * wanted : wanted));
+    }
+
+    // Pixels that go through a product together: whole tiles, and no small remainder, which would read all weights too.
+    static long panel_for(long pixels) {
+        const long panels = std::max(1L, (pixels + PANEL - 1) / PANEL);
+        return ((pixels + panels - 1) / panels + MR - 1) / MR * MR;
     }
 
     // Pixels of a work item: whole tiles, about equally many for all threads.

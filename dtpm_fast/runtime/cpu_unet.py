@@ -4,6 +4,10 @@ A block is two passes over its map, split where channel attention needs the mean
 compute, how weights are packed and what is fused is said in csrc/nafnet/unet.h; the folding is FoldedUNet's own.
 """
 
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,6 +32,37 @@ def instruction_set(*widths: int) -> str | None:
     none, or no compiled module."""
     sets = _nafnet.instruction_sets() if _nafnet is not None else []
     return next((name for name, lanes in sets if all(width % lanes == 0 for width in widths)), None)
+
+
+class Scratch(threading.local):
+    """The maps of a U-Net's call, kept for the next one: the system hands out large memory page by page, which costs a
+    twentieth of a restoration if each call asks anew. Kept while `kept()` is entered and no longer, for each thread."""
+
+    def __init__(self) -> None:
+        self.entered, self.maps = 0, dict[str, Tensor]()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        self.entered += 1
+        try:
+            yield
+        finally:
+            self.entered -= 1
+            if self.entered == 0:
+                self.maps.clear()
+
+    def map(self, name: str, *shape: int) -> Tensor:
+        """float32, not initialised, overwritten when the name is asked for again."""
+        size = math.prod(shape)
+        found = self.maps.get(name)
+        if found is None or found.numel() < size:
+            found = torch.empty(size)
+            if self.entered:
+                self.maps[name] = found
+        return found[:size].view(shape)
+
+
+scratch = Scratch()
 
 
 class CpuBlock(nn.Module):
@@ -86,7 +121,7 @@ class CpuBlock(nn.Module):
         shift1, scale1, shift2, scale2 = (row.contiguous().numpy() for row in rows)
         b, height, width, channels = x.shape
         strips = -(-width // _nafnet.strip_width(height, width, channels))
-        gated, sums = torch.empty_like(x), x.new_empty(b, height * strips, channels)
+        gated, sums = scratch.map("gated", *x.shape), x.new_empty(b, height * strips, channels)
         how: dict[str, Any] = {"threads": torch.get_num_threads(), "isa": self.isa}
         _nafnet.spread(
             x.numpy(), scale1, shift1, self.conv1.numpy(), self.conv1_bias.numpy(),
@@ -117,8 +152,10 @@ class CpuPictureMap(PictureMap):
         self.register_buffer("weight", _pack(self.weight.permute(0, 2, 3, 1).flatten(1), _lanes(isa)))
 
     def forward(self, picture: Tensor, instead: Tensor | None = None) -> Tensor:
+        """With `instead` the map is a step's, and lasts until the next step; without, a picture's."""
         b, _, height, width = picture.shape
-        out = picture.new_empty(b, height, width, self.channels, dtype=torch.float32)
+        shape = (b, height, width, self.channels)
+        out = torch.empty(shape) if instead is None else scratch.map("intro", *shape)
         addend = self.bias if instead is None else instead
         _nafnet.intro(
             picture.float().contiguous().numpy(), self.weight.numpy(), addend.numpy(), out.numpy(),
@@ -140,9 +177,13 @@ class CpuUNet(FoldedUNet):
                 self.register_buffer(name, _pack(weight, lanes))
         self.register_buffer("ending_weight", self.ending_weight.permute(0, 2, 3, 1).contiguous())
 
+    def forward(self, h: Tensor, rows: Tensor, bias_maps: dict[str, Tensor], mean: Mean = own_mean) -> Tensor:
+        with scratch.kept():
+            return super().forward(h, rows, bias_maps, mean)
+
     def _down(self, h: Tensor, i: int) -> Tensor:
         b, height, width, c = h.shape
-        out = h.new_empty(b, height // 2, width // 2, 2 * c)
+        out = scratch.map(f"down{i}", b, height // 2, width // 2, 2 * c)
         weight, bias = getattr(self, f"down{i}_weight"), getattr(self, f"down{i}_bias")
         _nafnet.down(
             h.numpy(), weight.numpy(), bias.numpy(), out.numpy(), threads=torch.get_num_threads(), isa=self.isa

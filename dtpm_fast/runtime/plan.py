@@ -19,7 +19,7 @@ from dtpm_fast.model.block import DenoisingBlock, NAFBlock
 from dtpm_fast.model.denoiser import sinusoid
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.model.unet import UNet
-from dtpm_fast.runtime.cpu_unet import CpuBlock, CpuPictureMap, CpuUNet, instruction_set
+from dtpm_fast.runtime.cpu_unet import CpuBlock, CpuPictureMap, CpuUNet, instruction_set, scratch
 from dtpm_fast.runtime.sampler import C_IN, Conditions, Steps, sample, update
 from dtpm_fast.runtime.unet import FoldedBlock, FoldedUNet, KernelBlock, Mean, MergedAdapter, PictureMap, own_mean
 
@@ -174,7 +174,8 @@ class Plan:
         return self.step_module(x, previous, self.table[i], self.time_rows[i : i + 1], conditions)
 
     def restore(self, y_d: Tensor, noise: Tensor) -> Tensor:
-        return sample(self, self.prepare(y_d), noise)
+        with scratch.kept():
+            return sample(self, self.prepare(y_d), noise)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that depends on the model's weights, by name. Copying another plan's tensors over them changes the

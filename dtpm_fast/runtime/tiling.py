@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dtpm_fast.errors import UserError
+from dtpm_fast.runtime.cpu_unet import scratch
 from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.sampler import Conditions, sample, update
 from dtpm_fast.runtime.unet import Mean, own_mean
@@ -115,7 +116,8 @@ class Tiled:
         return update(row, x, self._blended(x, network), previous, y_eps)
 
     def restore(self, y_d: Tensor, noise: Tensor) -> Tensor:
-        return sample(self, self.prepare(y_d), noise)
+        with scratch.kept():
+            return sample(self, self.prepare(y_d), noise)
 
     def _blended(self, like: Tensor, network: Callable[[Window, Mean], Tensor]) -> Tensor:
         """The network's outputs (B, 3, H, W), all windows with the means of the whole picture."""

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from dtpm_fast.model.block import DenoisingBlock
 from dtpm_fast.model.dtpm import Predictor
 from dtpm_fast.runtime import cpu_unet
 from dtpm_fast.runtime.backends import choose_backend
-from dtpm_fast.runtime.cpu_unet import CpuBlock, CpuPictureMap, CpuUNet, instruction_set
+from dtpm_fast.runtime.cpu_unet import CpuBlock, CpuPictureMap, CpuUNet, instruction_set, scratch
 from dtpm_fast.runtime.plan import Plan, native_form
 from dtpm_fast.runtime.sampler import make_steps
 from dtpm_fast.runtime.unet import FoldedUNet, MergedAdapter, PictureMap, own_mean
@@ -194,3 +195,15 @@ def test_shipped_presets_fill_vectors() -> None:
     for preset in ("tiny", "light", "base"):
         config = Config.of(preset=preset).model
         assert instruction_set(config.width, config.predictor_width) is not None
+
+
+def test_maps_are_kept_for_the_next_call_and_no_longer():
+    with scratch.kept():
+        first = scratch.map("gated", 1, 4, 4, 8)
+        with scratch.kept():
+            assert scratch.map("gated", 1, 2, 2, 8).data_ptr() == first.data_ptr()
+        assert scratch.map("gated", 1, 4, 4, 8).data_ptr() == first.data_ptr()
+        assert scratch.map("down0", 1, 4, 4, 8).data_ptr() != first.data_ptr()
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(scratch.map, "gated", 1, 4, 4, 8).result().data_ptr() != first.data_ptr()
+    assert not scratch.maps
