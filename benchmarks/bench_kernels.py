@@ -6,7 +6,8 @@
     pytest benchmarks/bench_kernels.py --benchmark-only                    the fused forms alone, as pytest rows
 
 Operations at the presets' shapes (256² at 64 channels, halved with every doubling): forward, backward and both, with
-gradients for all inputs, and the block's forward as the sampler runs it (inference). Forms: the kernels, eager PyTorch
+gradients for all inputs; the block's forward as the sampler runs it (inference), and its backward with frozen weights,
+as stage II runs it (frozen_block). Forms: the kernels, eager PyTorch
 in NCHW and in channels_last, torch.compile by default and with max-autotune. Each row holds, for every form, 20/50/80
 quantiles of the GPU's milliseconds, the ratio to the fused form, the host's milliseconds to launch it, the peak memory,
 the time to compile; and the predicted bytes with their share of the copy bandwidth measured in the same run.
@@ -67,12 +68,14 @@ def block(*inputs: Tensor) -> Tensor:
 
 
 class Operation(NamedTuple):
-    """An oracle, its fused form, which of the block's inputs they take, and the maps that each direction moves."""
+    """Oracle, fused form, which of the block's inputs they take, the maps that each direction moves, and how many
+    of these inputs train, the first ones."""
 
     reference: Callable[..., Tensor]
     fused: Callable[..., Tensor]
     places: list[int]
     moved: dict[str, int]
+    trained: int | None = None  # all
 
 
 def _both(forward: int, backward: int, **more: int) -> dict[str, int]:
@@ -83,6 +86,7 @@ OPERATIONS = {
     "block": Operation(
         block_ref, block, [*range(19)], _both(total(TRAINING_FORWARD), total(BACKWARD), inference=total(FORWARD))
     ),
+    "frozen_block": Operation(block_ref, block, [*range(19)], {"backward": total(BACKWARD)}, trained=5),
     "adaln": Operation(adaln_ref, adaln, [0, 1, 2], _both(2, 3)),
     "simple_gate": Operation(simple_gate_ref, simple_gate, [0], _both(3, 5)),
     "channel_attention": Operation(channel_attention_ref, channel_attention, [0, 9, 10], _both(3, 4)),
@@ -212,14 +216,15 @@ def step_of(
                 return function(*inputs)
 
         return infer
-    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    inputs = [tensor.detach() for tensor in inputs]
+    trained = [tensor.requires_grad_() for tensor in inputs[: of.trained]]
     if direction == "forward":
         return functools.partial(function, *inputs)
     grad = torch.randn_like(function(*inputs))
     if direction == "both":
-        return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
+        return lambda: torch.autograd.grad(function(*inputs), trained, grad)
     out = function(*inputs)
-    return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
+    return lambda: torch.autograd.grad(out, trained, grad, retain_graph=True)
 
 
 def _compiled(function: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:

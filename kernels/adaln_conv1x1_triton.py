@@ -42,29 +42,26 @@ def adaln_conv1x1_backward(
     scale: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
+    frozen: bool,
     options: Options,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of x (plus `residual`), shift, scale, weight (2C, C) and bias; all but x's in float64."""
+    """Gradients of x (plus `residual`), shift, scale; unless frozen, of weight (2C, C) and bias. Float64 but x's."""
     samples, channels, height, width = x.shape
     pixels = height * width
     programs = programs_per_sample(triton.cdiv(pixels, options["BLOCK_P"]), samples, total=264)
     grad_x = empty_map(x.shape, x)
     grad_shift = x.new_empty((samples, programs, channels), dtype=torch.float32)
     grad_scale = torch.empty_like(grad_shift)
-    grad_bias = x.new_empty((samples, programs, 2 * channels), dtype=torch.float32)
-    grad_weight = x.new_empty((samples, programs, 2 * channels, channels), dtype=torch.float32)
+    summed = 0 if frozen else programs
+    grad_bias = x.new_empty((samples, summed, 2 * channels), dtype=torch.float32)
+    grad_weight = x.new_empty((samples, summed, 2 * channels, channels), dtype=torch.float32)
     adaln_conv1x1_backward_kernel[(programs, samples)](
         grad, residual, x, shift, scale, weight, grad_x, grad_shift, grad_scale, grad_weight, grad_bias,
-        shift.stride(0), scale.stride(0), pixels, eps, CHANNELS=channels, BLOCK_C=block_of(channels),
+        shift.stride(0), scale.stride(0), pixels, eps, CHANNELS=channels, BLOCK_C=block_of(channels), FROZEN=frozen,
         **options, **COMPILER,
     )  # fmt: skip
-    return (
-        grad_x,
-        add_partials(grad_shift),
-        add_partials(grad_scale),
-        add_partials(grad_weight).sum(0),
-        add_partials(grad_bias).sum(0),
-    )
+    found = grad_x, add_partials(grad_shift), add_partials(grad_scale)
+    return found if frozen else (*found, add_partials(grad_weight).sum(0), add_partials(grad_bias).sum(0))
 
 
 def block_of(channels: int) -> int:
@@ -124,7 +121,8 @@ def adaln_conv1x1_forward_kernel(
 def adaln_conv1x1_backward_kernel(
     grad_ptr, residual_ptr, x_ptr, shift_ptr, scale_ptr, weight_ptr,
     grad_x_ptr, grad_shift_ptr, grad_scale_ptr, grad_weight_ptr, grad_bias_ptr,
-    shift_stride, scale_stride, pixels, eps, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    shift_stride, scale_stride, pixels, eps,
+    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FROZEN: tl.constexpr,
 ):  # fmt: skip
     """A program walks over tiles of one sample, keeps its sums in registers and writes them once."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -147,11 +145,12 @@ def adaln_conv1x1_backward_kernel(
         grad_a = tl.load(grad_ptr + 2 * start + p * 2 * CHANNELS + c, mask=mask, other=0.0)
         grad_b = tl.load(grad_ptr + 2 * start + p * 2 * CHANNELS + CHANNELS + c, mask=mask, other=0.0)
         normal, rstd = normalise(x.to(tl.float32), in_c, CHANNELS, eps)
-        h = (normal * scale + shift).to(x.dtype)
-        grad_weight_a = tl.dot(tl.trans(grad_a), h, grad_weight_a, input_precision="ieee")
-        grad_weight_b = tl.dot(tl.trans(grad_b), h, grad_weight_b, input_precision="ieee")
-        grad_bias_a += sum_pixels(grad_a.to(tl.float32))
-        grad_bias_b += sum_pixels(grad_b.to(tl.float32))
+        if not FROZEN:
+            h = (normal * scale + shift).to(x.dtype)
+            grad_weight_a = tl.dot(tl.trans(grad_a), h, grad_weight_a, input_precision="ieee")
+            grad_weight_b = tl.dot(tl.trans(grad_b), h, grad_weight_b, input_precision="ieee")
+            grad_bias_a += sum_pixels(grad_a.to(tl.float32))
+            grad_bias_b += sum_pixels(grad_b.to(tl.float32))
         weight_a = load_weight(weight_ptr, 0, BLOCK_C, CHANNELS, CHANNELS, BLOCK_C)
         weight_b = load_weight(weight_ptr + CHANNELS * CHANNELS, 0, BLOCK_C, CHANNELS, CHANNELS, BLOCK_C)
         grad_h = tl.dot(grad_a, weight_a, input_precision="ieee")
@@ -164,11 +163,12 @@ def adaln_conv1x1_backward_kernel(
     out = sample * programs + program
     tl.store(grad_shift_ptr + out * CHANNELS + c, grad_shift, mask=in_c)
     tl.store(grad_scale_ptr + out * CHANNELS + c, grad_scale, mask=in_c)
-    tl.store(grad_bias_ptr + out * 2 * CHANNELS + c, grad_bias_a, mask=in_c)
-    tl.store(grad_bias_ptr + out * 2 * CHANNELS + CHANNELS + c, grad_bias_b, mask=in_c)
-    matrix = grad_weight_ptr + out * 2 * CHANNELS * CHANNELS
-    store_square(matrix, grad_weight_a, CHANNELS, BLOCK_C)
-    store_square(matrix + CHANNELS * CHANNELS, grad_weight_b, CHANNELS, BLOCK_C)
+    if not FROZEN:
+        tl.store(grad_bias_ptr + out * 2 * CHANNELS + c, grad_bias_a, mask=in_c)
+        tl.store(grad_bias_ptr + out * 2 * CHANNELS + CHANNELS + c, grad_bias_b, mask=in_c)
+        matrix = grad_weight_ptr + out * 2 * CHANNELS * CHANNELS
+        store_square(matrix, grad_weight_a, CHANNELS, BLOCK_C)
+        store_square(matrix + CHANNELS * CHANNELS, grad_weight_b, CHANNELS, BLOCK_C)
 
 
 @triton.jit

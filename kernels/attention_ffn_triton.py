@@ -54,47 +54,53 @@ def ffn_backward(
     conv5_weight: torch.Tensor,
     gamma: torch.Tensor,
     eps: float,
+    frozen: bool,
     options: Options,
 ) -> tuple[torch.Tensor, ...]:
     """Backward of `z = y + gamma · conv5(gate(conv4(adaln(y))))`.
 
-    Returns y's gradient; shift's and scale's, (B, C); conv4's weight's (2C, C) and bias'; and Σ grad·qᵀ (C, C) and
-    Σ grad (C) over the pixels, q being the gate's output: conv5's and gamma's follow from them. All but y's in float64.
+    Returns y's gradient; shift's and scale's, (B, C); and unless the weights are frozen conv4's weight's (2C, C) and
+    bias'; and Σ grad·qᵀ (C, C) and Σ grad (C) over the pixels, q being the gate's output: conv5's and gamma's follow
+    from them. All but y's in float64.
     """
     samples, channels, height, width = y.shape
     pixels = height * width
     programs = programs_per_sample(triton.cdiv(pixels, options["BLOCK_P"]), samples, total=264)
     shift, scale = modulation
     grad_y = empty_map(y.shape, y)
-    vectors = y.new_empty((samples, programs, 5, channels), dtype=torch.float32)
-    matrices = y.new_empty((samples, programs, 3, channels, channels), dtype=torch.float32)
+    vectors = y.new_empty((samples, programs, 2 if frozen else 5, channels), dtype=torch.float32)
+    matrices = y.new_empty((samples, programs, 0 if frozen else 3, channels, channels), dtype=torch.float32)
     ffn_backward_kernel[(programs, samples)](
         grad, y, shift, scale, *conv4, conv5_weight, gamma, grad_y, vectors, matrices,
-        shift.stride(0), scale.stride(0), pixels, eps, CHANNELS=channels, BLOCK_C=block_of(channels),
+        shift.stride(0), scale.stride(0), pixels, eps, CHANNELS=channels, BLOCK_C=block_of(channels), FROZEN=frozen,
         **options, **COMPILER,
     )  # fmt: skip
-    vector, matrix = add_partials(vectors), add_partials(matrices).sum(0)
+    vector = add_partials(vectors)
+    if frozen:
+        return grad_y, vector[:, 0], vector[:, 1]
+    matrix = add_partials(matrices).sum(0)
     grad_conv4_bias = vector[:, 2:4].sum(0).reshape(2 * channels)
     grad_conv4 = matrix[:2].reshape(2 * channels, channels)
     return grad_y, vector[:, 0], vector[:, 1], grad_conv4, grad_conv4_bias, matrix[2], vector[:, 4].sum(0)
 
 
 def conv3_backward(
-    grad: torch.Tensor, g: torch.Tensor, weight: torch.Tensor, beta: torch.Tensor, options: Options
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`(beta · grad) @ W3` as a map; and in float64 Σ grad·gᵀ (B, C, C) and Σ grad (B, C) over each sample's pixels."""
+    grad: torch.Tensor, g: torch.Tensor, weight: torch.Tensor, beta: torch.Tensor, frozen: bool, options: Options
+) -> tuple[torch.Tensor, ...]:
+    """`(beta · grad) @ W3` as a map; and in float64 Σ grad·gᵀ (B, C, C) and Σ grad (B, C) over each sample's pixels.
+    With frozen weights instead of these two: that map times g, summed over the pixels, (B, C)."""
     samples, channels, height, width = g.shape
     pixels = height * width
     programs = programs_per_sample(triton.cdiv(pixels, options["BLOCK_P"]), samples, total=264)
     out = empty_map(g.shape, g)
     vectors = g.new_empty((samples, programs, channels), dtype=torch.float32)
-    matrices = g.new_empty((samples, programs, channels, channels), dtype=torch.float32)
+    matrices = g.new_empty((samples, 0 if frozen else programs, channels, channels), dtype=torch.float32)
     conv3_backward_kernel[(programs, samples)](
         grad, g, weight, beta, out, vectors, matrices, pixels,
-        CHANNELS=channels, BLOCK_C=block_of(channels),
+        CHANNELS=channels, BLOCK_C=block_of(channels), FROZEN=frozen,
         **options, **COMPILER,
     )  # fmt: skip
-    return out, add_partials(matrices), add_partials(vectors)
+    return (out, add_partials(vectors)) if frozen else (out, add_partials(matrices), add_partials(vectors))
 
 
 @triton.jit
@@ -139,7 +145,7 @@ def attention_ffn_forward_kernel(
 def ffn_backward_kernel(
     grad_ptr, y_ptr, shift_ptr, scale_ptr, weight4_ptr, bias4_ptr, weight5_ptr, gamma_ptr,
     grad_y_ptr, vectors_ptr, matrices_ptr, shift_stride, scale_stride, pixels, eps,
-    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FROZEN: tl.constexpr,
 ):  # fmt: skip
     """A program walks over tiles of one sample, keeps its sums in registers and writes them once."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -170,18 +176,21 @@ def ffn_backward_kernel(
         b = tl.dot(h, tl.trans(weight_b), input_precision="ieee") + load_row(bias4_ptr + CHANNELS, c, in_c)
 
         grad = tl.load(grad_ptr + start + at, mask=mask, other=0.0)
-        grad_sum += sum_pixels(grad.to(tl.float32))
-        grad_gate = tl.dot(tl.trans(grad), (a * b).to(y.dtype), grad_gate, input_precision="ieee")
+        if not FROZEN:
+            grad_sum += sum_pixels(grad.to(tl.float32))
+            grad_gate = tl.dot(tl.trans(grad), (a * b).to(y.dtype), grad_gate, input_precision="ieee")
         weight = load_weight(weight5_ptr, 0, BLOCK_C, CHANNELS, CHANNELS, BLOCK_C)
         grad_q = tl.dot((grad.to(tl.float32) * gamma).to(y.dtype), weight, input_precision="ieee")
         grad_a = grad_q * b
         grad_b = grad_q * a
-        grad_bias_a += sum_pixels(grad_a)
-        grad_bias_b += sum_pixels(grad_b)
+        if not FROZEN:
+            grad_bias_a += sum_pixels(grad_a)
+            grad_bias_b += sum_pixels(grad_b)
         grad_a = grad_a.to(y.dtype)
         grad_b = grad_b.to(y.dtype)
-        grad_weight_a = tl.dot(tl.trans(grad_a), h, grad_weight_a, input_precision="ieee")
-        grad_weight_b = tl.dot(tl.trans(grad_b), h, grad_weight_b, input_precision="ieee")
+        if not FROZEN:
+            grad_weight_a = tl.dot(tl.trans(grad_a), h, grad_weight_a, input_precision="ieee")
+            grad_weight_b = tl.dot(tl.trans(grad_b), h, grad_weight_b, input_precision="ieee")
         grad_h = tl.dot(grad_a, weight_a, input_precision="ieee")
         grad_h = tl.dot(grad_b, weight_b, grad_h, input_precision="ieee")
         grad_shift += sum_pixels(grad_h)
@@ -189,22 +198,23 @@ def ffn_backward_kernel(
         grad_y = grad.to(tl.float32) + normalise_backward(grad_h * scale, normal, rstd, CHANNELS)
         tl.store(grad_y_ptr + start + at, grad_y.to(y.dtype), mask=mask)
     out = sample * programs + program
-    vectors_ptr += out * 5 * CHANNELS
+    vectors_ptr += out * (2 if FROZEN else 5) * CHANNELS
     tl.store(vectors_ptr + c, grad_shift, mask=in_c)
     tl.store(vectors_ptr + CHANNELS + c, grad_scale, mask=in_c)
-    tl.store(vectors_ptr + 2 * CHANNELS + c, grad_bias_a, mask=in_c)
-    tl.store(vectors_ptr + 3 * CHANNELS + c, grad_bias_b, mask=in_c)
-    tl.store(vectors_ptr + 4 * CHANNELS + c, grad_sum, mask=in_c)
-    matrices_ptr += out * 3 * CHANNELS * CHANNELS
-    store_square(matrices_ptr, grad_weight_a, CHANNELS, BLOCK_C)
-    store_square(matrices_ptr + CHANNELS * CHANNELS, grad_weight_b, CHANNELS, BLOCK_C)
-    store_square(matrices_ptr + 2 * CHANNELS * CHANNELS, grad_gate, CHANNELS, BLOCK_C)
+    if not FROZEN:
+        tl.store(vectors_ptr + 2 * CHANNELS + c, grad_bias_a, mask=in_c)
+        tl.store(vectors_ptr + 3 * CHANNELS + c, grad_bias_b, mask=in_c)
+        tl.store(vectors_ptr + 4 * CHANNELS + c, grad_sum, mask=in_c)
+        matrices_ptr += out * 3 * CHANNELS * CHANNELS
+        store_square(matrices_ptr, grad_weight_a, CHANNELS, BLOCK_C)
+        store_square(matrices_ptr + CHANNELS * CHANNELS, grad_weight_b, CHANNELS, BLOCK_C)
+        store_square(matrices_ptr + 2 * CHANNELS * CHANNELS, grad_gate, CHANNELS, BLOCK_C)
 
 
 @triton.jit
 def conv3_backward_kernel(
     grad_ptr, g_ptr, weight_ptr, beta_ptr, out_ptr, vectors_ptr, matrices_ptr, pixels,
-    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FROZEN: tl.constexpr,
 ):  # fmt: skip
     """A program walks over tiles of one sample, keeps its sums in registers and writes them once."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -214,7 +224,7 @@ def conv3_backward_kernel(
     beta = load_row(beta_ptr, c, in_c)
     p = tl.arange(0, BLOCK_P)[:, None]
     weight = load_weight(weight_ptr, 0, BLOCK_C, CHANNELS, CHANNELS, BLOCK_C)
-    grad_sum = tl.zeros((1, BLOCK_C), tl.float32)
+    total = tl.zeros((1, BLOCK_C), tl.float32)
     product = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
     for tile in range(program, tl.cdiv(pixels, BLOCK_P), programs):
         mask = (tile * BLOCK_P + p < pixels) & in_c
@@ -222,10 +232,14 @@ def conv3_backward_kernel(
         at = p * CHANNELS + c
         grad = tl.load(grad_ptr + start + at, mask=mask, other=0.0)
         g = tl.load(g_ptr + start + at, mask=mask, other=0.0)
-        product = tl.dot(tl.trans(grad), g, product, input_precision="ieee")
-        grad_sum += sum_pixels(grad.to(tl.float32))
         out = tl.dot((grad.to(tl.float32) * beta).to(g.dtype), weight, input_precision="ieee")
         tl.store(out_ptr + start + at, out.to(g.dtype), mask=mask)
+        if FROZEN:
+            total += sum_pixels(out * g.to(tl.float32))
+        else:
+            total += sum_pixels(grad.to(tl.float32))
+            product = tl.dot(tl.trans(grad), g, product, input_precision="ieee")
     out = sample * programs + program
-    tl.store(vectors_ptr + out * CHANNELS + c, grad_sum, mask=in_c)
-    store_square(matrices_ptr + out * CHANNELS * CHANNELS, product, CHANNELS, BLOCK_C)
+    tl.store(vectors_ptr + out * CHANNELS + c, total, mask=in_c)
+    if not FROZEN:
+        store_square(matrices_ptr + out * CHANNELS * CHANNELS, product, CHANNELS, BLOCK_C)

@@ -29,7 +29,8 @@ def denoising_block(
     adapter: tuple[Tensor, Tensor] | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """The block, differentiable in everything; the backward keeps x, y, g and (B, C) means, and recomputes the rest.
+    """The block, differentiable in everything; the backward keeps x, y, g and (B, C) means, and recomputes the rest. It
+    computes no gradient of the weights where none of them requires one, as in stage II.
 
     Args:
         x: (B, C, H, W); channels_last, or contiguous, which costs a copy on a GPU.
@@ -186,12 +187,13 @@ def _block_backward(
     modulation: list[Tensor],
     weights: list[Tensor],
     eps: float,
+    frozen: bool,
 ) -> list[Tensor]:
-    """Gradients of x, the modulation and the weights, in this order."""
+    """Gradients of x, the modulation and, unless they are frozen, the weights, in this order."""
     grad_x, grad_modulation, grad_weights = block_backward(
-        grad, x, y, g, mean, Modulation(*modulation), BlockWeights(*weights), eps
+        grad, x, y, g, mean, Modulation(*modulation), BlockWeights(*weights), eps, frozen
     )
-    return [grad_x, *grad_modulation, *grad_weights]
+    return [grad_x, *grad_modulation, *(grad_weights or ())]
 
 
 @_block_backward.register_fake
@@ -204,9 +206,10 @@ def _(
     modulation: list[Tensor],
     weights: list[Tensor],
     eps: float,
+    frozen: bool,
 ) -> list[Tensor]:
     grad_x = torch.empty_like(x, memory_format=torch.channels_last)
-    return [grad_x, *(tensor.new_empty(tensor.shape) for tensor in (*modulation, *weights))]
+    return [grad_x, *(v.new_empty(v.shape) for v in (*modulation, *(() if frozen else weights)))]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -218,8 +221,9 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]
     x, y, g, mean, *rest = ctx.saved_tensors
-    grad_x, *grads = _block_backward(grad, x, y, g, mean, rest[:4], rest[4:], ctx.eps)
-    return grad_x, grads[:4], grads[4:], None
+    frozen = not any(ctx.needs_input_grad[2])
+    grad_x, *grads = _block_backward(grad, x, y, g, mean, rest[:4], rest[4:], ctx.eps, frozen)
+    return grad_x, grads[:4], grads[4:] or [None] * len(rest[4:]), None
 
 
 _block_train.register_autograd(_backward, setup_context=_setup_context)

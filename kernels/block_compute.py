@@ -77,31 +77,32 @@ def block_backward(
     modulation: Modulation,
     weights: BlockWeights,
     eps: float,
-) -> tuple[Tensor, Modulation, BlockWeights]:
-    """Gradients of the block's input, modulation and weights, each in its own shape and dtype.
+    frozen: bool = False,
+) -> tuple[Tensor, Modulation, BlockWeights | None]:
+    """Gradients of the block's input, modulation and weights, each in its own shape and dtype; of `frozen` weights, as
+    in stage II, none, and what only they take is not computed.
 
     The other maps are computed once more from x, y and g. Every sum is taken in one fixed order.
     """
     pixels = x.shape[2] * x.shape[3]
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_y, shift2, scale2, conv4, conv4_bias, conv5, conv5_bias, gamma = _ffn_backward(
-            grad, y, modulation, weights, eps
-        )
+        grad_y, shift2, scale2, *ffn = _ffn_backward(grad, y, modulation, weights, eps, frozen)
         attention = attention_of(mean, weights.sca_weight, weights.sca_bias)
-        grad_g, grad_attention, conv3, conv3_bias, beta = _conv3_backward(grad_y, g, attention, weights)
-        grad_mean, sca, sca_bias = attention_backward(grad_attention, mean, weights.sca_weight)
+        grad_g, grad_attention, *conv3 = _conv3_backward(grad_y, g, attention, weights, frozen)
+        grad_mean, *sca = attention_backward(grad_attention, mean, weights.sca_weight)
         h = _adaln_conv1x1(x, modulation, weights, eps)
-        grad_h, conv2, conv2_bias = _gate_backward(grad_g, attention, grad_mean / pixels, h, weights)
+        grad_h, *conv2 = _gate_backward(grad_g, attention, grad_mean / pixels, h, weights, frozen)
         grad_h = _dwconv_backward(grad_h, weights)
-        grad_x, shift1, scale1, conv1, conv1_bias = _adaln_conv1x1_backward(grad_h, grad_y, x, modulation, weights, eps)
-    grads = [conv1, conv1_bias, conv2, conv2_bias, sca, sca_bias, conv3, conv3_bias]
-    grads += [conv4, conv4_bias, conv5, conv5_bias, beta, gamma]
-    return (
-        grad_x,
-        Modulation(*(g.to(v.dtype) for g, v in zip((shift1, scale1, shift2, scale2), modulation, strict=True))),
-        BlockWeights(*(g.reshape(w.shape).to(w.dtype) for g, w in zip(grads, weights, strict=True))),
-    )
+        grad_x, shift1, scale1, *conv1 = _adaln_conv1x1_backward(grad_h, grad_y, x, modulation, weights, eps, frozen)
+    modulations = zip((shift1, scale1, shift2, scale2), modulation, strict=True)
+    grad_modulation = Modulation(*(g.to(v.dtype) for g, v in modulations))
+    if frozen:
+        return grad_x, grad_modulation, None
+    *ffn, gamma = ffn
+    *conv3, beta = conv3
+    grads = zip((*conv1, *conv2, *sca, *conv3, *ffn, beta, gamma), weights, strict=True)
+    return grad_x, grad_modulation, BlockWeights(*(g.reshape(w.shape).to(w.dtype) for g, w in grads))
 
 
 def _fused(kernel: str, x: Tensor) -> Options | None:
@@ -193,14 +194,14 @@ def _attention_ffn(
 
 
 def _ffn_backward(
-    grad: Tensor, y: Tensor, modulation: Modulation, weights: BlockWeights, eps: float
+    grad: Tensor, y: Tensor, modulation: Modulation, weights: BlockWeights, eps: float, frozen: bool = False
 ) -> tuple[Tensor, ...]:
-    """Gradients of y, shift2, scale2, conv4 (weight, bias), conv5 (weight, bias), gamma."""
+    """Gradients of y, shift2, scale2; unless frozen, conv4 (weight, bias), conv5 (weight, bias), gamma."""
     options = _fused("ffn_backward", y)
     if options is not None:
         from dtpm_fast.kernels.attention_ffn_triton import ffn_backward
 
-        grad_y, shift, scale, conv4, conv4_bias, product, total = ffn_backward(
+        found = ffn_backward(
             grad,
             y,
             (modulation.shift2, modulation.scale2),
@@ -208,32 +209,43 @@ def _ffn_backward(
             weights.conv5_weight,
             weights.gamma,
             eps,
+            frozen,
             options,
         )
-        conv5, conv5_bias, gamma = _scaled_conv_backward(
-            product, total, weights.conv5_weight, weights.conv5_bias, weights.gamma
+        if frozen:
+            return found
+        *others, product, total = found
+        return (
+            *others,
+            *_scaled_conv_backward(product, total, weights.conv5_weight, weights.conv5_bias, weights.gamma),
         )
-        return grad_y, shift, scale, conv4, conv4_bias, conv5, conv5_bias, gamma
     h = compute_adaln(y, modulation.shift2, modulation.scale2, eps)
     h4 = _conv1x1(h, weights.conv4_weight, weights.conv4_bias)
-    q = compute_simple_gate(h4)
-    gamma = _sums(_conv1x1(q, weights.conv5_weight, weights.conv5_bias), grad).sum(0)
     grad_out = grad * weights.gamma.to(grad.dtype)
-    conv5, conv5_bias = _conv1x1_weight(grad_out, q), _sums(grad_out).sum(0)
     grad_h4 = compute_simple_gate_backward(_conv1x1_input(grad_out, weights.conv5_weight), h4)
-    conv4, conv4_bias = _conv1x1_weight(grad_h4, h), _sums(grad_h4).sum(0)
     grad_h = _conv1x1_input(grad_h4, weights.conv4_weight)
     grad_y, shift, scale = compute_adaln_backward(grad_h, y, modulation.scale2, eps)
+    if frozen:
+        return grad + grad_y, shift, scale
+    q = compute_simple_gate(h4)
+    gamma = _sums(_conv1x1(q, weights.conv5_weight, weights.conv5_bias), grad).sum(0)
+    conv5, conv5_bias = _conv1x1_weight(grad_out, q), _sums(grad_out).sum(0)
+    conv4, conv4_bias = _conv1x1_weight(grad_h4, h), _sums(grad_h4).sum(0)
     return grad + grad_y, shift, scale, conv4, conv4_bias, conv5, conv5_bias, gamma
 
 
-def _conv3_backward(grad: Tensor, g: Tensor, attention: Tensor, weights: BlockWeights) -> tuple[Tensor, ...]:
-    """Gradients of conv3's input, attention (B, C), conv3 (weight, bias), beta; `grad` is y's."""
+def _conv3_backward(
+    grad: Tensor, g: Tensor, attention: Tensor, weights: BlockWeights, frozen: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradients of conv3's input, attention (B, C); unless frozen, conv3 (weight, bias), beta; `grad` is y's."""
     options = _fused("conv3_backward", g)
     if options is not None:
         from dtpm_fast.kernels.attention_ffn_triton import conv3_backward
 
-        grad_input, products, totals = conv3_backward(grad, g, weights.conv3_weight, weights.beta, options)
+        found = conv3_backward(grad, g, weights.conv3_weight, weights.beta, frozen, options)
+        if frozen:
+            return found
+        grad_input, products, totals = found
         beta, conv3 = weights.beta.double().flatten(), weights.conv3_weight.double().flatten(1)
         grad_attention = (beta[:, None] * conv3 * products).sum(1)
         product = (products * attention[:, None, :]).sum(0)
@@ -242,10 +254,12 @@ def _conv3_backward(grad: Tensor, g: Tensor, attention: Tensor, weights: BlockWe
             grad_attention,
             *_scaled_conv_backward(product, totals.sum(0), weights.conv3_weight, weights.conv3_bias, weights.beta),
         )
-    scaled = compute_scaling(g, attention)
-    beta = _sums(_conv1x1(scaled, weights.conv3_weight, weights.conv3_bias), grad).sum(0)
     grad_out = grad * weights.beta.to(grad.dtype)
     grad_input = _conv1x1_input(grad_out, weights.conv3_weight)
+    if frozen:
+        return grad_input, _sums(grad_input, g)
+    scaled = compute_scaling(g, attention)
+    beta = _sums(_conv1x1(scaled, weights.conv3_weight, weights.conv3_bias), grad).sum(0)
     conv3, conv3_bias = _conv1x1_weight(grad_out, scaled), _sums(grad_out).sum(0)
     return grad_input, _sums(grad_input, g), conv3, conv3_bias, beta
 
@@ -259,16 +273,20 @@ def _scaled_conv_backward(
 
 
 def _gate_backward(
-    grad: Tensor, scale: Tensor, offset: Tensor, h: Tensor, weights: BlockWeights
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the depth-wise convolution's output, weight and bias; the gate's is `grad · scale + offset`."""
+    grad: Tensor, scale: Tensor, offset: Tensor, h: Tensor, weights: BlockWeights, frozen: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradients of the depth-wise convolution's output; unless frozen, weight and bias; the gate's is
+    `grad · scale + offset`."""
     if runs_triton(h):
         from dtpm_fast.kernels.dwconv_triton import gate_backward
 
         options = _always_fused("gate_backward", h)
-        return gate_backward(grad, scale.float(), offset.float(), h, weights.conv2_weight, weights.conv2_bias, options)
+        vectors, conv2 = (scale.float(), offset.float()), (weights.conv2_weight, weights.conv2_bias)
+        return gate_backward(grad, *vectors, h, *conv2, frozen, options)
     gated = F.conv2d(h, weights.conv2_weight, weights.conv2_bias, padding=1, groups=h.shape[1])
     grad = compute_simple_gate_backward(compute_scaling(grad, scale, offset), gated)
+    if frozen:
+        return (grad,)
     _, conv2, conv2_bias = _convolution_backward(grad, h, weights.conv2_weight, [False, True, True])
     return grad, conv2, conv2_bias
 
@@ -291,17 +309,24 @@ def _convolution_backward(grad: Tensor, h: Tensor, weight: Tensor, wanted: list[
 
 
 def _adaln_conv1x1_backward(
-    grad: Tensor, residual: Tensor, x: Tensor, modulation: Modulation, weights: BlockWeights, eps: float
+    grad: Tensor,
+    residual: Tensor,
+    x: Tensor,
+    modulation: Modulation,
+    weights: BlockWeights,
+    eps: float,
+    frozen: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x (plus `residual`), shift1, scale1, conv1 (weight, bias)."""
+    """Gradients of x (plus `residual`), shift1, scale1; unless frozen, conv1 (weight, bias)."""
     shift, scale = modulation.shift1, modulation.scale1
     options = _fused("adaln_conv1x1_backward", x)
     if options is not None:
         from dtpm_fast.kernels.adaln_conv1x1_triton import adaln_conv1x1_backward
 
-        return adaln_conv1x1_backward(grad, residual, x, shift, scale, weights.conv1_weight, eps, options)
-    h = compute_adaln(x, shift, scale, eps)
-    conv1, conv1_bias = _conv1x1_weight(grad, h), _sums(grad).sum(0)
+        return adaln_conv1x1_backward(grad, residual, x, shift, scale, weights.conv1_weight, eps, frozen, options)
     grad_h = _conv1x1_input(grad, weights.conv1_weight)
     grad_x, grad_shift, grad_scale = compute_adaln_backward(grad_h, x, scale, eps)
+    if frozen:
+        return residual + grad_x, grad_shift, grad_scale
+    conv1, conv1_bias = _conv1x1_weight(grad, compute_adaln(x, shift, scale, eps)), _sums(grad).sum(0)
     return residual + grad_x, grad_shift, grad_scale, conv1, conv1_bias

@@ -137,15 +137,18 @@ def _fused(channels: int, dtype: torch.dtype) -> Iterator[Case]:
     k1, k2, k3 = adaln_conv1x1_triton, dwconv_triton, attention_ffn_triton
     table: list[tuple[str, Any, dict[str, int | bool]]] = [
         ("adaln_conv1x1_forward", k1.adaln_conv1x1_forward_kernel, {**plain}),
-        ("adaln_conv1x1_backward", k1.adaln_conv1x1_backward_kernel, {**plain}),
         ("dwconv_gate_pool_forward", k2.dwconv_gate_pool_forward_kernel, {**single}),
-        ("gate_backward", k2.gate_backward_kernel, {**single}),
         ("dwconv_backward", k2.dwconv_backward_kernel, {**doubled}),
         ("attention_ffn_forward", k3.attention_ffn_forward_kernel, {**plain, "SAVE_Y": True, "ADAPTER": False}),
         ("attention_ffn_forward", k3.attention_ffn_forward_kernel, {**plain, "SAVE_Y": False, "ADAPTER": True}),
-        ("ffn_backward", k3.ffn_backward_kernel, {**plain}),
-        ("conv3_backward", k3.conv3_backward_kernel, {**plain}),
     ]
+    for frozen in (False, True):
+        table += [
+            ("adaln_conv1x1_backward", k1.adaln_conv1x1_backward_kernel, {**plain, "FROZEN": frozen}),
+            ("gate_backward", k2.gate_backward_kernel, {**single, "FROZEN": frozen}),
+            ("ffn_backward", k3.ffn_backward_kernel, {**plain, "FROZEN": frozen}),
+            ("conv3_backward", k3.conv3_backward_kernel, {**plain, "FROZEN": frozen}),
+        ]
     for name, kernel, constants in table:
         options = options_of(name, channels, dtype)
         if options is not None:

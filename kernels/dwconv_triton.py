@@ -36,20 +36,25 @@ def gate_backward(
     h: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
+    frozen: bool,
     options: Options,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Backward of `simple_gate(conv3x3(h))` down to the convolution: its output, computed once more, is not written.
 
     The gate's gradient is `grad · scale + offset`, with scale and offset (B, C) in float32. Returns the gradients of
-    the convolution's output (B, 2C, H, W), of its weight (2C, 1, 3, 3) and of its bias (both in float64).
+    the convolution's output (B, 2C, H, W), and unless they are frozen of its weight (2C, 1, 3, 3) and of its bias (both
+    in float64).
     """
     samples, doubled, height, width = h.shape
     grid = _grid(h, doubled // 2, options)
     out = empty_map(h.shape, h)
-    sums = h.new_empty((samples, grid[0], 10, doubled), dtype=torch.float32)
+    sums = h.new_empty((samples, 0 if frozen else grid[0], 10, doubled), dtype=torch.float32)
     gate_backward_kernel[grid](
-        grad, scale, offset, h, weight, bias, out, sums, height, width, CHANNELS=doubled // 2, **options, **COMPILER
-    )
+        grad, scale, offset, h, weight, bias, out, sums, height, width, CHANNELS=doubled // 2, FROZEN=frozen,
+        **options, **COMPILER,
+    )  # fmt: skip
+    if frozen:
+        return (out,)
     total = add_partials(sums).sum(0)
     return out, total[:9].t().reshape(weight.shape), total[9].clone()
 
@@ -187,7 +192,8 @@ def dwconv_gate_pool_forward_kernel(
 @triton.jit
 def gate_backward_kernel(
     grad_ptr, scale_ptr, offset_ptr, h_ptr, weight_ptr, bias_ptr, out_ptr, sums_ptr, height, width,
-    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr, FROZEN: tl.constexpr,
+    GROUPS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Row by row: h's row, the convolution's output one row above it, and that one's gradient: each half's is the
     gate's times the other half. Three rows of h are at hand then, which is what the weight's gradient takes."""
@@ -230,20 +236,23 @@ def gate_backward_kernel(
             gated = tl.where(done & (column + i < width), grad[i] * scale + offset, 0.0)
             grad_a = grad_a + (gated * (b[i] + bias_b),)  # noqa: RUF005
             grad_b = grad_b + (gated * (a[i] + bias_a),)  # noqa: RUF005
-            bias_sum_a += grad_a[i]
-            bias_sum_b += grad_b[i]
+            if not FROZEN:
+                bias_sum_a += grad_a[i]
+                bias_sum_b += grad_b[i]
         _store_row(out_ptr, grad_a, row - 1, column, width, 2 * CHANNELS, c, done, COLUMNS)
         _store_row(out_ptr + CHANNELS, grad_b, row - 1, column, width, 2 * CHANNELS, c, done, COLUMNS)
-        sums_a = _add_products(sums_a, grad_a, h_above_a, h_here_a, h_a, COLUMNS)
-        sums_b = _add_products(sums_b, grad_b, h_above_b, h_here_b, h_b, COLUMNS)
-        h_above_a, h_here_a = h_here_a, h_a
-        h_above_b, h_here_b = h_here_b, h_b
-    sums_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * 20 * CHANNELS + c
-    for i in tl.static_range(9):
-        tl.store(sums_ptr + 2 * i * CHANNELS, sum_pixels(sums_a[i]), mask=in_c)
-        tl.store(sums_ptr + (2 * i + 1) * CHANNELS, sum_pixels(sums_b[i]), mask=in_c)
-    tl.store(sums_ptr + 18 * CHANNELS, sum_pixels(bias_sum_a), mask=in_c)
-    tl.store(sums_ptr + 19 * CHANNELS, sum_pixels(bias_sum_b), mask=in_c)
+        if not FROZEN:
+            sums_a = _add_products(sums_a, grad_a, h_above_a, h_here_a, h_a, COLUMNS)
+            sums_b = _add_products(sums_b, grad_b, h_above_b, h_here_b, h_b, COLUMNS)
+            h_above_a, h_here_a = h_here_a, h_a
+            h_above_b, h_here_b = h_here_b, h_b
+    if not FROZEN:
+        sums_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * 20 * CHANNELS + c
+        for i in tl.static_range(9):
+            tl.store(sums_ptr + 2 * i * CHANNELS, sum_pixels(sums_a[i]), mask=in_c)
+            tl.store(sums_ptr + (2 * i + 1) * CHANNELS, sum_pixels(sums_b[i]), mask=in_c)
+        tl.store(sums_ptr + 18 * CHANNELS, sum_pixels(bias_sum_a), mask=in_c)
+        tl.store(sums_ptr + 19 * CHANNELS, sum_pixels(bias_sum_b), mask=in_c)
 
 
 @triton.jit

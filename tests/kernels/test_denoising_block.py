@@ -84,6 +84,29 @@ def test_triton_by_the_rule(
     assert_as_exact_as_eager(draw, NAMES)
 
 
+def test_triton_with_frozen_weights_by_the_rule(
+    device: str, dtype: torch.dtype, kernels: str, assert_as_exact_as_eager: Callable[..., None]
+) -> None:
+    shape = (3, 32, 5, 11)
+
+    def trained(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, kind: torch.dtype) -> list[Tensor]:
+        first = [tensor.detach().to(kind).requires_grad_() for tensor in inputs[:5]]
+        out = call(function, [*first, *(tensor.to(kind) for tensor in inputs[5:])])
+        return list(torch.autograd.grad(out, first, grad.to(kind)))
+
+    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        inputs = [tensor.to(device, dtype) for tensor in random_inputs(*shape, offset=1.0)]
+        grad = torch.randn(shape).to(device, dtype)
+        ours = trained(denoising_block, inputs, grad, dtype)
+        return (
+            ours,
+            trained(denoising_block_ref, inputs, grad, dtype),
+            trained(denoising_block_ref, inputs, grad, torch.float64),
+        )
+
+    assert_as_exact_as_eager(draw, NAMES[1:6])
+
+
 @pytest.mark.parametrize("channels", [16, 48])
 def test_triton_with_an_adapter(
     device: str, dtype: torch.dtype, channels: int, assert_as_exact_as_eager: Callable[..., None]
@@ -114,6 +137,8 @@ def test_triton_compiles_without_a_graph_break(device: str) -> None:
     )
     expected = torch.autograd.grad(call(denoising_block, inputs).square().sum(), inputs)
     torch.testing.assert_close(torch.autograd.grad(compiled(*inputs), inputs), expected)
+    frozen = [tensor.detach() for tensor in inputs[5:]]
+    torch.testing.assert_close(torch.autograd.grad(compiled(*inputs[:5], *frozen), inputs[:5]), expected[:5])
 
 
 def test_triton_under_activation_checkpointing_and_autocast(device: str) -> None:
@@ -230,6 +255,8 @@ def test_written_out_gradients_are_the_oracles() -> None:
     torch.testing.assert_close(registered(*inputs), call(denoising_block, inputs))
     assert torch.autograd.gradcheck(registered, inputs, fast_mode=True)
     assert torch.autograd.gradcheck(lambda *tensors: call(denoising_block, list(tensors)), inputs, fast_mode=True)
+    frozen = [tensor.detach() for tensor in inputs[5:]]
+    assert torch.autograd.gradcheck(lambda *tensors: registered(*tensors, *frozen), inputs[:5], fast_mode=True)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own
@@ -238,7 +265,8 @@ def test_opcheck() -> None:
     x, modulation, weights = inputs[0], inputs[1:5], inputs[5:]
     torch.library.opcheck(_block, (x, modulation, weights, torch.randn(4, 4), torch.randn(x.shape), 1e-6))
     _, y, g, mean = _block_train(x, modulation, weights, 1e-6)
-    torch.library.opcheck(_block_backward, (torch.randn(x.shape), x, y, g, mean, modulation, weights, 1e-6))
+    for frozen in (False, True):
+        torch.library.opcheck(_block_backward, (torch.randn(x.shape), x, y, g, mean, modulation, weights, 1e-6, frozen))
     for tensor in (x, *weights):
         tensor.requires_grad_()
     torch.library.opcheck(_block_train, (x, modulation, weights, 1e-6))
