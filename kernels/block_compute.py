@@ -281,8 +281,8 @@ def _gate_backward(
         from dtpm_fast.kernels.dwconv_triton import gate_backward
 
         options = _always_fused("gate_backward", h)
-        vectors, conv2 = (scale.float(), offset.float()), (weights.conv2_weight, weights.conv2_bias)
-        return gate_backward(grad, *vectors, h, *conv2, frozen, options)
+        convolution = weights.conv2_weight, weights.conv2_bias
+        return gate_backward(grad, scale.float(), offset.float(), h, *convolution, frozen, options)
     gated = F.conv2d(h, weights.conv2_weight, weights.conv2_bias, padding=1, groups=h.shape[1])
     grad = compute_simple_gate_backward(compute_scaling(grad, scale, offset), gated)
     if frozen:
