@@ -232,13 +232,13 @@ def conv3_backward_kernel(
         at = p * CHANNELS + c
         grad = tl.load(grad_ptr + start + at, mask=mask, other=0.0)
         g = tl.load(g_ptr + start + at, mask=mask, other=0.0)
+        if not FROZEN:
+            product = tl.dot(tl.trans(grad), g, product, input_precision="ieee")
+            total += sum_pixels(grad.to(tl.float32))
         out = tl.dot((grad.to(tl.float32) * beta).to(g.dtype), weight, input_precision="ieee")
         tl.store(out_ptr + start + at, out.to(g.dtype), mask=mask)
         if FROZEN:
             total += sum_pixels(out * g.to(tl.float32))
-        else:
-            total += sum_pixels(grad.to(tl.float32))
-            product = tl.dot(tl.trans(grad), g, product, input_precision="ieee")
     out = sample * programs + program
     tl.store(vectors_ptr + out * CHANNELS + c, total, mask=in_c)
     if not FROZEN:
