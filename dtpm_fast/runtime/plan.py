@@ -180,14 +180,14 @@ class Plan:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that depends on the model's weights, by name. Copying another plan's tensors over them changes the
         weights in place (`InPlace`): compiled code and captured graphs go on with the new ones."""
-        found = {"time_rows": self.time_rows}
+        found = {"time_rows": self.time_rows, "table": self.table}
         for name, module in (("step", self.step_module), ("prepare", self.prepare_module)):
             found.update({f"{name}.{key}": value for key, value in module.state_dict().items()})
         return found
 
-    def of(self, model: DTPM) -> "Plan":
+    def of(self, model: DTPM, steps: Steps) -> "Plan":
         """A plan of the same kind for another model, not compiled."""
-        return Plan(model, self.steps, self.dtype, self.form)
+        return Plan(model, steps, self.dtype, self.form)
 
     def hoisted(self, conditions: Conditions | None = None) -> list[Hoisted]:
         """What left the step, with bytes; those of an image for the given conditions (else 0)."""

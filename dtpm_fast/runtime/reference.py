@@ -29,3 +29,10 @@ class Reference:
 
     def restore(self, y_d: Tensor, noise: Tensor) -> Tensor:
         return sample(self, self.prepare(y_d), noise)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What depends on the weights beside the model itself, as `Plan.tensors`."""
+        return {"table": self.table}
+
+    def of(self, model: DTPM, steps: Steps) -> "Reference":
+        return Reference(model, steps)

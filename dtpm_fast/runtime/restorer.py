@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,23 +160,30 @@ class Restorer:
         path = locate(str(name), task)
         key = (path.resolve(), path.stat().st_mtime_ns, task)
         if self._tasks is None:
-            self._tasks = InPlace(_tensors(self.model, self._plan(), self._folded), self._running)
+            self._tasks = InPlace(_tensors(self.model, self._running_steppers()), self._running)
         if key not in self._abouts:
             weights = find_weights(path, task)
-            if weights.config.model != self.config.model or not self._same_steps(weights.config):
+            if not self._same_network(weights.config):
                 raise UserError(f"{path}: is for another network than the one that runs; make a new Restorer")
-            model = _load(weights, self.device)
-            plans = [None if plan is None else plan.of(model) for plan in (self._plan(), self._folded)]
-            self._tasks.add(key, _tensors(model, *plans))
+            model, steps = _load(weights, self.device), make_steps(weights.config, len(self.steps), self._sampler)
+            self._tasks.add(key, _tensors(model, [stepper.of(model, steps) for stepper in self._running_steppers()]))
             self._abouts[key] = _describe(weights)
         self._tasks.take(key)
         self._running, self._name = key, name
         logger.info("%s", self.about)
 
-    def _same_steps(self, config: Config) -> bool:
-        """Whether the sampler would take the same steps; how the weights were trained does not matter."""
-        other = make_steps(config, len(self.steps), self._sampler)
-        return torch.equal(other.table, self.steps.table) and other.sigmas == self.steps.sigmas
+    def _same_network(self, config: Config) -> bool:
+        """Whether these weights run in this network and with this sampler's steps. How they were trained does not
+        matter, and sigma_data is a task's own: it is in the sampler's table, which changes with the task."""
+        ours = self.config.model
+        other = make_steps(replace(config, model=ours), len(self.steps), self._sampler)
+        same_model = replace(config.model, sigma_data=ours.sigma_data) == ours
+        return same_model and torch.equal(other.table, self.steps.table) and other.sigmas == self.steps.sigmas
+
+    def _running_steppers(self) -> list[Plan | Reference]:
+        """All that holds tensors of the weights."""
+        own = self.backend.plan if isinstance(self.backend, Graph) else self.backend
+        return [stepper for stepper in (own, self._folded) if isinstance(stepper, Plan | Reference)]
 
     def _plan(self) -> Plan | None:
         backend = self.backend.plan if isinstance(self.backend, Graph) else self.backend
@@ -237,11 +245,10 @@ def _load(weights: Weights, device: torch.device) -> Any:
     return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _tensors(model: DTPM, *plans: Plan | None) -> dict[str, Tensor]:
+def _tensors(model: DTPM, steppers: Sequence[Plan | Reference]) -> dict[str, Tensor]:
     found = dict(model.state_dict())
-    for number, plan in enumerate(plans):
-        if plan is not None:
-            found.update({f"plan{number}.{name}": value for name, value in plan.tensors().items()})
+    for number, stepper in enumerate(steppers):
+        found.update({f"stepper{number}.{name}": value for name, value in stepper.tensors().items()})
     return found
 
 

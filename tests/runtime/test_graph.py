@@ -91,7 +91,7 @@ def test_replay_is_the_uncaptured_run_for_every_picture_and_after_a_swap(
     assert len(captures) == len(shapes)
     second, _ = random_model(seed=1, **settings)
     tasks = InPlace(plan.tensors(), "first")
-    tasks.add("second", plan.of(second).tensors())
+    tasks.add("second", plan.of(second, plan.steps).tensors())
     tasks.take("second")
     fresh = Plan(second, steps)
     for shape in shapes:

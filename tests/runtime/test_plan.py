@@ -99,7 +99,7 @@ def test_a_task_taken_in_place_keeps_every_address(random_model: Callable[..., t
     y_d = picture(1, 16, 16)
     old = restored(plan, y_d)
     tasks = InPlace(plan.tensors(), "first")
-    tasks.add("second", plan.of(second).tensors())
+    tasks.add("second", plan.of(second, plan.steps).tensors())
     tasks.take("second")
     assert {name: value.data_ptr() for name, value in plan.tensors().items()} == before
     assert torch.equal(restored(plan, y_d), restored(Plan(second, steps), y_d))
@@ -108,7 +108,7 @@ def test_a_task_taken_in_place_keeps_every_address(random_model: Callable[..., t
     assert torch.equal(restored(plan, y_d), old)
     other, _ = random_model(width=24)
     with pytest.raises(ValueError, match="another shape"):
-        tasks.add("other", plan.of(other).tensors())
+        tasks.add("other", plan.of(other, plan.steps).tensors())
 
 
 def test_tasks_of_one_prior_share_what_they_do_not_change(random_model: Callable[..., tuple]) -> None:
@@ -117,7 +117,7 @@ def test_tasks_of_one_prior_share_what_they_do_not_change(random_model: Callable
     second.denoiser.load_state_dict(first.denoiser.state_dict())
     plan = Plan(first, make_steps(config, 2))
     tasks = InPlace(plan.tensors(), "first")
-    tasks.add("second", plan.of(second).tensors())
+    tasks.add("second", plan.of(second, plan.steps).tensors())
     changed = tasks.values["second"]
     assert not any(name.startswith("step.") and ".w1" in name for name in changed)
     assert any(name.endswith(".matrix") for name in changed)
