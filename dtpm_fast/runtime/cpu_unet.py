@@ -35,8 +35,8 @@ def instruction_set(*widths: int) -> str | None:
 
 
 class Scratch(threading.local):
-    """The maps of a U-Net's call, kept for the next one: the system hands out large memory page by page, which costs a
-    twentieth of a restoration if each call asks anew. Kept while `kept()` is entered and no longer, for each thread."""
+    """The maps of a U-Net's call, kept for the next one, because the system hands out large memory page by page. Kept
+    while `kept()` is entered and no longer, for each thread."""
 
     def __init__(self) -> None:
         self.entered, self.maps = 0, dict[str, Tensor]()
