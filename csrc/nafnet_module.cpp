@@ -58,26 +58,27 @@ nafnet::Rows rows_of(const Array& rows, const nafnet::Shape& s, const char* what
 int checked(int threads) { return threads > 0 ? threads : throw std::invalid_argument("threads: must be positive"); }
 
 void spread(const Array& x, const Array& scale, const Array& shift, const Array& conv1, const Array& conv1_bias,
-            const Array& depthwise, const Array& depthwise_bias, Array gated, Array sums, int threads,
+            const Array& depthwise, const Array& depthwise_bias, Array gated, Array average, int threads,
             const std::string& name) {
     const nafnet::Isa isa = isa_named(name);
     const nafnet::Shape s = shape_of(x, isa);
-    const long c = s.channels, pixels = s.samples * s.height * s.width, strip = nafnet::strip_width(s);
+    const long c = s.channels, pixels = s.samples * s.height * s.width;
     const nafnet::Rows scales = rows_of(scale, s, "scale"), shifts = rows_of(shift, s, "shift");
     const float* w1 = sized(conv1, 2 * c * c, "conv1");
     const float* b1 = sized(conv1_bias, 2 * c, "conv1_bias");
     const float* w2 = sized(depthwise, 18 * c, "depthwise");
     const float* b2 = sized(depthwise_bias, 2 * c, "depthwise_bias");
     float* out = sized(gated, pixels * c, "gated");
-    float* partial = sized(sums, s.samples * s.height * ((s.width + strip - 1) / strip) * c, "sums");
+    float* means = sized(average, s.samples * c, "average");
     const py::gil_scoped_release unlocked;
-    nafnet::spread(isa, s, x.data(), scales, shifts, w1, b1, w2, b2, out, partial, checked(threads));
+    nafnet::spread(isa, s, x.data(), scales, shifts, w1, b1, w2, b2, out, means, checked(threads));
 }
 
-void merge(Array x, const Array& gated, const Array& attention, const Array& conv3, const Array& conv3_bias,
-           const Array& scale, const Array& shift, const Array& conv4, const Array& conv4_bias, const Array& conv5,
-           const std::optional<Array>& conv5_bias, const std::optional<Array>& bias_map,
-           const std::optional<Array>& adapter, int threads, const std::string& name) {
+void merge(Array x, const Array& gated, const Array& average, const Array& attention, const Array& attention_bias,
+           const Array& conv3, const Array& conv3_bias, const Array& scale, const Array& shift, const Array& conv4,
+           const Array& conv4_bias, const Array& conv5, const std::optional<Array>& conv5_bias,
+           const std::optional<Array>& bias_map, const std::optional<Array>& adapter, int threads,
+           const std::string& name) {
     const nafnet::Isa isa = isa_named(name);
     const nafnet::Shape s = shape_of(x, isa);
     const long c = s.channels, size = s.samples * s.height * s.width * c, wide = up_to(c, 2 * nafnet::lanes(isa));
@@ -91,7 +92,9 @@ void merge(Array x, const Array& gated, const Array& attention, const Array& con
     const float* b5 = conv5_bias ? sized(*conv5_bias, c, "conv5_bias") : nullptr;
     const nafnet::Rows scales = rows_of(scale, s, "scale"), shifts = rows_of(shift, s, "shift");
     const float* from = sized(gated, size, "gated");
-    const float* by = sized(attention, s.samples * c, "attention");
+    const float* means = sized(average, s.samples * c, "average");
+    const float* w = sized(attention, c * c, "attention");
+    const float* b = sized(attention_bias, c, "attention_bias");
     const float* w3 = sized(conv3, wide * c, "conv3");
     const float* b3 = sized(conv3_bias, c, "conv3_bias");
     const float* w4 = sized(conv4, 2 * c * c, "conv4");
@@ -99,7 +102,7 @@ void merge(Array x, const Array& gated, const Array& attention, const Array& con
     const float* w5 = sized(conv5, wide * (c + (adapter ? rank : map ? c : 0)), "conv5");
     float* to = x.mutable_data();
     const py::gil_scoped_release unlocked;
-    nafnet::merge(isa, s, to, from, by, w3, b3, scales, shifts, w4, b4, w5, b5, map, w_in, rank,
+    nafnet::merge(isa, s, to, from, means, w, b, w3, b3, scales, shifts, w4, b4, w5, b5, map, w_in, rank,
                   checked(threads));
 }
 
@@ -148,16 +151,29 @@ void ending(const Array& x, const Array& weight, const Array& bias, Array pictur
     nafnet::ending(isa, s, x.data(), w, b, to, checked(threads));
 }
 
+void update(const Array& row, const Array& x, const Array& output, const Array& previous, const Array& y_eps,
+            Array next, Array x0, int threads) {
+    const long values = long(x.size());
+    const float* table = sized(row, 7, "row");
+    const float* f = sized(output, values, "output");
+    const float* before = sized(previous, values, "previous");
+    const float* y = sized(y_eps, values, "y_eps");
+    float* to = sized(next, values, "next");
+    float* estimate = sized(x0, values, "x0");
+    const py::gil_scoped_release unlocked;
+    nafnet::update(table, values, x.data(), f, before, y, to, estimate, checked(threads));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_nafnet, module) {
     // Outputs are written in place, so no argument may be converted: a wrong dtype or layout is a TypeError.
     const auto given = [](const char* name) { return py::arg(name).noconvert(); };
     module.def("spread", &spread, given("x"), given("scale"), given("shift"), given("conv1"), given("conv1_bias"),
-               given("depthwise"), given("depthwise_bias"), given("gated"), given("sums"), py::arg("threads"),
+               given("depthwise"), given("depthwise_bias"), given("gated"), given("average"), py::arg("threads"),
                py::arg("isa"));
-    module.def("merge", &merge, given("x"), given("gated"), given("attention"), given("conv3"), given("conv3_bias"),
-               given("scale"), given("shift"), given("conv4"), given("conv4_bias"), given("conv5"),
+    module.def("merge", &merge, given("x"), given("gated"), given("average"), given("attention"),
+               given("attention_bias"), given("conv3"), given("conv3_bias"), given("scale"), given("shift"), given("conv4"), given("conv4_bias"), given("conv5"),
                given("conv5_bias"), given("bias_map"), given("adapter"), py::arg("threads"), py::arg("isa"));
     module.def("down", &down, given("x"), given("weight"), given("bias"), given("out"), py::arg("threads"),
                py::arg("isa"));
@@ -166,6 +182,8 @@ PYBIND11_MODULE(_nafnet, module) {
                py::arg("isa"));
     module.def("ending", &ending, given("x"), given("weight"), given("bias"), given("picture"), py::arg("threads"),
                py::arg("isa"));
+    module.def("update", &update, given("row"), given("x"), given("output"), given("previous"), given("y_eps"),
+               given("next"), given("x0"), py::arg("threads"));
     module.def("strip_width", [](long height, long width, long channels) {
         return nafnet::strip_width({1, height, width, channels});
     });

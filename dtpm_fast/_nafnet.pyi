@@ -9,14 +9,16 @@ def spread(
     depthwise: np.ndarray,
     depthwise_bias: np.ndarray,
     gated: np.ndarray,
-    sums: np.ndarray,
+    average: np.ndarray,
     threads: int,
     isa: str,
 ) -> None: ...
 def merge(
     x: np.ndarray,
     gated: np.ndarray,
+    average: np.ndarray,
     attention: np.ndarray,
+    attention_bias: np.ndarray,
     conv3: np.ndarray,
     conv3_bias: np.ndarray,
     scale: np.ndarray,
@@ -37,6 +39,16 @@ def intro(
 ) -> None: ...
 def ending(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray, picture: np.ndarray, threads: int, isa: str
+) -> None: ...
+def update(
+    row: np.ndarray,
+    x: np.ndarray,
+    output: np.ndarray,
+    previous: np.ndarray,
+    y_eps: np.ndarray,
+    next: np.ndarray,
+    x0: np.ndarray,
+    threads: int,
 ) -> None: ...
 def strip_width(height: int, width: int, channels: int) -> int: ...
 def instruction_sets() -> list[tuple[str, int]]: ...

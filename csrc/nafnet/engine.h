@@ -13,13 +13,14 @@ class Engine {
 public:
     static void spread(const Shape& s, const float* x, Rows scale, Rows shift, const float* conv1,
                        const float* conv1_bias, const float* depthwise, const float* depthwise_bias, float* gated,
-                       float* sums, int threads) {
+                       float* average, int threads) {
         const long C = s.channels, strip = strip_width(s), strips = (s.width + strip - 1) / strip;
         // Rows of conv1's output that are made together: several where the map is narrow, so that tiles are full.
         const long group = (2 * PANEL - 1) / std::min(s.width, strip) + 1;
         const long bands = std::min((s.height + group - 1) / group, bands_for(s, strips, threads));
         const long pixel = 2 * C + PAD, slots = group + 2, row_size = (std::min(strip, s.width) + 2) * pixel;
         const long tasks = s.samples * bands * strips;
+        float* sums = shared(s.samples * s.height * strips * C);  // of each row and strip
 #pragma omp parallel num_threads(threads)
         {
             float* ring = scratch((slots + 1) * row_size + PANEL * (C + PAD));
@@ -74,10 +75,16 @@ public:
                 }
             }
         }
+        for (long sample = 0; sample < s.samples; ++sample)
+            for (long c = 0; c < C; ++c) {
+                double total = 0;
+                for (long i = 0; i < s.height * strips; ++i) total += sums[(sample * s.height * strips + i) * C + c];
+                average[sample * C + c] = float(total / double(s.height * s.width));
+            }
     }
 
-    static void merge(const Shape& s, float* x, const float* gated, const float* attention, const float* conv3,
-                      const float* conv3_bias, Rows scale, Rows shift, const float* conv4, const float* conv4_bias,
+    static void merge(const Shape& s, float* x, const float* gated, const float* average, const float* attention,
+                      const float* attention_bias, const float* conv3, const float* conv3_bias, Rows scale, Rows shift, const float* conv4, const float* conv4_bias,
                       const float* conv5, const float* conv5_bias, const float* bias_map, const float* adapter,
                       long rank, int threads) {
         const long C = s.channels, pixels = s.height * s.width, panels = (C + 2 * V - 1) / (2 * V);
@@ -86,18 +93,28 @@ public:
         // gated map, y.
         const long wide = rank + 2 * C + PAD, size = panels * C * 2 * V, at_gate = rank, at_y = rank + C;
         const long inputs = adapter ? rank + C : bias_map ? 2 * C : C;
-        float* attended = shared(s.samples * size);  // conv3 with the sample's channel attention in its columns
+        float* attended = shared(s.samples * (size + C));  // conv3 with the sample's channel attention in its columns
+        float* by = attended + s.samples * size;
 #pragma omp parallel num_threads(threads)
         {
             float* input_row = scratch(PANEL * (wide + 2 * (C + PAD)));
             float* normal = input_row + PANEL * wide;
             float* padded = normal + PANEL * (C + PAD);
 #pragma omp for schedule(static)
+            for (long first = 0; first < s.samples * C; first += V) {
+                const float* w = attention + first % C * C;
+                const float* mean = average + first / C * C;
+                vec part[V] = {};
+                for (long c = 0; c < C; c += V)
+                    for (int i = 0; i < V; ++i) part[i] += load(w + i * C + c) * load(mean + c);
+                store(by + first, sums_of(part) + load(attention_bias + first % C));
+            }
+#pragma omp for schedule(static)
             for (long row = 0; row < s.samples * panels * C; ++row) {
                 const float* from = conv3 + row % (panels * C) * 2 * V;
-                const float by = attention[row / (panels * C) * C + row % C];
-                store(attended + row * 2 * V, load(from) * by);
-                store(attended + row * 2 * V + V, load(from + V) * by);
+                const float value = by[row / (panels * C) * C + row % C];
+                store(attended + row * 2 * V, load(from) * value);
+                store(attended + row * 2 * V + V, load(from + V) * value);
             }
 #pragma omp for schedule(dynamic, 1)
             for (long task = 0; task < s.samples * chunks; ++task) {
@@ -212,35 +229,49 @@ public:
 
     static void intro(const Shape& s, const float* picture, const float* weight, const float* addend,
                       long addend_pixel, float* out, int threads) {
-        constexpr long K = 27, stride = 28;
         const long C = s.channels, pixels = s.height * s.width, panels = (C + 2 * V - 1) / (2 * V);
+        const long length = s.width + 2 + MR;  // zeros at both ends, because a tile reads MR pixels
 #pragma omp parallel num_threads(threads)
         {
-            float* input = scratch(PANEL * stride);
+            float* lines = scratch(9 * length);  // the rows above, here and below, of each colour
 #pragma omp for schedule(static)
             for (long row = 0; row < s.samples * s.height; ++row) {
                 const long sample = row / s.height, y = row % s.height;
-                for (long first = 0; first < s.width; first += PANEL) {
-                    const long n = std::min(PANEL, s.width - first), pixel = row * s.width + first;
-                    for (long dy = 0; dy < 3; ++dy)
-                        for (long colour = 0; colour < 3; ++colour) {
-                            const long from_y = y + dy - 1;
-                            const bool inside = from_y >= 0 && from_y < s.height;
-                            const float* from = picture + (sample * 3 + colour) * pixels + from_y * s.width;
-                            for (long p = 0; p < n; ++p)
-                                for (long dx = 0; dx < 3; ++dx) {
-                                    const long c = first + p + dx - 1;
-                                    const bool seen = inside && c >= 0 && c < s.width;
-                                    input[p * stride + (dy * 3 + dx) * 3 + colour] = seen ? from[c] : 0.0f;
+                std::fill(lines, lines + 9 * length, 0.0f);
+                for (long i = 0; i < 9; ++i) {
+                    const long from_y = y + i / 3 - 1;
+                    if (from_y < 0 || from_y >= s.height) continue;
+                    std::copy_n(picture + (sample * 3 + i % 3) * pixels + from_y * s.width, s.width,
+                                lines + i * length + 1);
+                }
+                for (long first = 0; first < s.width; first += MR) {
+                    const long m = std::min<long>(MR, s.width - first), pixel = row * s.width + first;
+                    const float* w = weight;
+                    for (long panel = 0; panel < panels; ++panel) {
+                        vec sums[MR][2] = {};
+                        for (long dy = 0; dy < 3; ++dy)
+                            for (long dx = 0; dx < 3; ++dx)
+                                for (long colour = 0; colour < 3; ++colour, w += 2 * V) {
+                                    const float* from = lines + (dy * 3 + colour) * length + first + dx;
+                                    const vec w0 = load(w), w1 = load(w + V);
+#pragma GCC unroll 8
+                                    for (int r = 0; r < MR; ++r) {
+                                        sums[r][0] += from[r] * w0;
+                                        sums[r][1] += from[r] * w1;
+                                    }
                                 }
-                        }
-                    product(input, stride, n, K, weight, panels, [&](long p, long panel, vec a, vec b) {
                         const long c = panel * 2 * V;
-                        const float* add = addend + (pixel + p) * addend_pixel + c;
-                        float* to = out + (pixel + p) * C + c;
-                        store(to, a + load(add));
-                        if (c + V < C) store(to + V, b + load(add + V));
-                    });
+#pragma GCC unroll 8
+                        for (int r = 0; r < MR; ++r) {
+                            if (r >= m) break;
+                            const float* add = addend + (pixel + r) * addend_pixel + c;
+                            float* to = out + (pixel + r) * C + c;
+                            fetch(add + PANEL * addend_pixel);
+                            fetch(to + PANEL * C);
+                            store(to, sums[r][0] + load(add));
+                            if (c + V < C) store(to + V, sums[r][1] + load(add + V));
+                        }
+                    }
                 }
             }
         }
@@ -248,27 +279,25 @@ public:
 
     static void ending(const Shape& s, const float* x, const float* weight, const float* bias, float* picture,
                        int threads) {
+        constexpr int N = 4;  // pixels that share a weight in a register
         const long C = s.channels, pixels = s.height * s.width;
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (long row = 0; row < s.samples * s.height; ++row) {
             const long sample = row / s.height, y = row % s.height;
-            const float* map = x + sample * pixels * C;
-            for (long c = 0; c < s.width; ++c) {
-                vec sums[3] = {};
-                for (long dy = 0; dy < 3; ++dy) {
-                    const long from_y = y + dy - 1;
-                    if (from_y < 0 || from_y >= s.height) continue;
-                    // The pixels of a row lie side by side, and so do their weights: one run of up to 3C values.
-                    const long c0 = std::max(0L, c - 1), c1 = std::min(s.width, c + 2);
-                    const float* from = map + (from_y * s.width + c0) * C;
-                    const float* w = weight + (dy * 3 + c0 - c + 1) * C;
-                    for (long i = 0; i < (c1 - c0) * C; i += V) {
-                        const vec value = load(from + i);
-                        for (int k = 0; k < 3; ++k) sums[k] += value * load(w + k * 9 * C + i);
-                    }
+            const float* rows[3];  // null beyond the picture
+            for (long k = 0; k < 3; ++k) {
+                const long from_y = y + k - 1;
+                rows[k] = from_y < 0 || from_y >= s.height ? nullptr : x + (sample * pixels + from_y * s.width) * C;
+            }
+            float* to = picture + sample * 3 * pixels + y * s.width;
+            for (long c = 0; c < s.width;) {
+                if (c > 0 && c + N < s.width) {
+                    colours<N>(rows, c, 0, 3, C, weight, bias, to + c, pixels);
+                    c += N;
+                } else {
+                    colours<1>(rows, c, c == 0, c == s.width - 1 ? 2 : 3, C, weight, bias, to + c, pixels);
+                    c += 1;
                 }
-                for (int k = 0; k < 3; ++k)
-                    picture[(sample * 3 + k) * pixels + y * s.width + c] = sum(sums[k]) + bias[k];
             }
         }
     }
@@ -280,14 +309,6 @@ private:
     // What the next panel reads or writes, into the second cache: maps larger than it come more slowly than they are used.
     static void fetch(const float* from) { __builtin_prefetch(from, 0, 2); }
     static void fetch(float* to) { __builtin_prefetch(to, 1, 2); }
-
-    static float sum(vec value) {
-        float lane[V];
-        store(lane, value);
-        for (int width = V / 2; width; width /= 2)
-            for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-        return lane[0];
-    }
 
     // Lane p becomes the sum over the lanes of part[p]: V vectors are added up by halves, in the same order each.
     template <int WIDTH = V / 2>
@@ -438,6 +459,39 @@ private:
                     if (j - n >= 0 && j - n < 3) out[n] += value * w[j - n];
             }
         }
+    }
+
+    // The three colours of N neighbouring pixels from column c on, by the columns [dx0, dx1) of the 3x3 weights.
+    template <int N>
+    static void colours(const float* const* rows, long c, long dx0, long dx1, long C, const float* weight,
+                        const float* bias, float* to, long pixels) {
+        vec sums[N * 3] = {};
+        for (long dy = 0; dy < 3; ++dy) {
+            if (!rows[dy]) continue;
+            for (long dx = dx0; dx < dx1; ++dx) {
+                const float* from = rows[dy] + (c + dx - 1) * C;
+                const float* w = weight + (dy * 3 + dx) * C;
+                for (long i = 0; i < C; i += V) {
+                    const vec w0 = load(w + i), w1 = load(w + 9 * C + i), w2 = load(w + 18 * C + i);
+#pragma GCC unroll 8
+                    for (int n = 0; n < N; ++n) {
+                        const vec value = load(from + n * C + i);
+                        sums[n * 3] += value * w0;
+                        sums[n * 3 + 1] += value * w1;
+                        sums[n * 3 + 2] += value * w2;
+                    }
+                }
+            }
+        }
+        constexpr int GROUPS = (N * 3 + V - 1) / V;
+        float lanes[GROUPS * V];
+        for (int group = 0; group < GROUPS; ++group) {
+            vec part[V] = {};
+            for (int i = 0; i < V && group * V + i < N * 3; ++i) part[i] = sums[group * V + i];
+            store(lanes + group * V, sums_of(part));
+        }
+        for (int n = 0; n < N; ++n)
+            for (int k = 0; k < 3; ++k) to[k * pixels + n] = lanes[n * 3 + k] + bias[k];
     }
 
     // Bands of rows: each costs two rows more of conv1, so not many.

@@ -100,17 +100,17 @@ long strip_width(const Shape& shape) {
 }
 
 void spread(Isa isa, const Shape& shape, const float* x, Rows scale, Rows shift, const float* conv1,
-            const float* conv1_bias, const float* depthwise, const float* depthwise_bias, float* gated, float* sums,
+            const float* conv1_bias, const float* depthwise, const float* depthwise_bias, float* gated, float* average,
             int threads) {
-    DISPATCH(spread, shape, x, scale, shift, conv1, conv1_bias, depthwise, depthwise_bias, gated, sums, threads);
+    DISPATCH(spread, shape, x, scale, shift, conv1, conv1_bias, depthwise, depthwise_bias, gated, average, threads);
 }
 
-void merge(Isa isa, const Shape& shape, float* x, const float* gated, const float* attention, const float* conv3,
-           const float* conv3_bias, Rows scale, Rows shift, const float* conv4, const float* conv4_bias,
-           const float* conv5, const float* conv5_bias, const float* bias_map, const float* adapter, long rank,
-           int threads) {
-    DISPATCH(merge, shape, x, gated, attention, conv3, conv3_bias, scale, shift, conv4, conv4_bias, conv5, conv5_bias,
-             bias_map, adapter, rank, threads);
+void merge(Isa isa, const Shape& shape, float* x, const float* gated, const float* average, const float* attention,
+           const float* attention_bias, const float* conv3, const float* conv3_bias, Rows scale, Rows shift,
+           const float* conv4, const float* conv4_bias, const float* conv5, const float* conv5_bias,
+           const float* bias_map, const float* adapter, long rank, int threads) {
+    DISPATCH(merge, shape, x, gated, average, attention, attention_bias, conv3, conv3_bias, scale, shift, conv4,
+             conv4_bias, conv5, conv5_bias, bias_map, adapter, rank, threads);
 }
 
 void down(Isa isa, const Shape& shape, const float* x, const float* weight, const float* bias, float* out,
@@ -130,6 +130,20 @@ void intro(Isa isa, const Shape& shape, const float* picture, const float* weigh
 void ending(Isa isa, const Shape& shape, const float* x, const float* weight, const float* bias, float* picture,
             int threads) {
     DISPATCH(ending, shape, x, weight, bias, picture, threads);
+}
+
+void update(const float* row, long values, const float* x, const float* output, const float* previous,
+            const float* y_eps, float* next, float* x0, int threads) {
+    const float x0_x = row[1], x0_f = row[2], a = row[3], b = row[4], c = row[5], limit = row[6];
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (long i = 0; i < values; ++i) {
+        const float low = -limit - y_eps[i], high = limit - y_eps[i];
+        float value = x0_x * x[i] + x0_f * output[i];
+        value = value < low ? low : value;
+        value = value > high ? high : value;
+        x0[i] = value;
+        next[i] = a * x[i] + b * value + c * previous[i];
+    }
 }
 
 }  // namespace nafnet

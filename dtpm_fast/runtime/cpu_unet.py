@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,6 +35,15 @@ def instruction_set(*widths: int) -> str | None:
     return next((name for name, lanes in sets if all(width % lanes == 0 for width in widths)), None)
 
 
+def empty(*shape: int) -> Tensor:
+    """float32, not initialised, on a cache line. NumPy asks Linux for huge pages where a map is large, PyTorch does
+    not."""
+    size, line = math.prod(shape), 64 // 4
+    memory = torch.from_numpy(np.empty(size + line - 1, np.float32))
+    start = -(memory.data_ptr() // 4) % line
+    return memory[start : start + size].view(shape)
+
+
 class Scratch(threading.local):
     """The maps of a U-Net's call, kept for the next one, because the system hands out large memory page by page. Kept
     while `kept()` is entered and no longer, for each thread."""
@@ -56,7 +66,7 @@ class Scratch(threading.local):
         size = math.prod(shape)
         found = self.maps.get(name)
         if found is None or found.numel() < size:
-            found = torch.empty(size)
+            found = empty(size)
             if self.entered:
                 self.maps[name] = found
         return found[:size].view(shape)
@@ -119,22 +129,18 @@ class CpuBlock(nn.Module):
         """x, bias_map: (B, h, w, C); rows: shift1, 1 + scale1, shift2, 1 + scale2, each (B or 1, C). Returns x, which
         is written over."""
         shift1, scale1, shift2, scale2 = (row.contiguous().numpy() for row in rows)
-        b, height, width, channels = x.shape
-        strips = -(-width // _nafnet.strip_width(height, width, channels))
-        gated, sums = scratch.map("gated", *x.shape), x.new_empty(b, height * strips, channels)
+        gated, average = scratch.map("gated", *x.shape), x.new_empty(len(x), 1, x.shape[-1])
         how: dict[str, Any] = {"threads": torch.get_num_threads(), "isa": self.isa}
         _nafnet.spread(
             x.numpy(), scale1, shift1, self.conv1.numpy(), self.conv1_bias.numpy(),
-            self.depthwise.numpy(), self.depthwise_bias.numpy(), gated.numpy(), sums.numpy(), **how,
+            self.depthwise.numpy(), self.depthwise_bias.numpy(), gated.numpy(), average.numpy(), **how,
         )  # fmt: skip
-        if mean is own_mean:  # the map was summed while it was made
-            average = (sums.sum(dim=1, dtype=torch.float64) / (height * width)).float()[:, None]
-        else:
+        if mean is not own_mean:
             average = mean(number, gated)
-        attention = F.linear(average, self.attention, self.attention_bias)
         adapted = bias_map is not None and self.matrix is not None
         _nafnet.merge(
-            x.numpy(), gated.numpy(), attention.numpy(), self.conv3.numpy(), self.conv3_bias.numpy(), scale2, shift2,
+            x.numpy(), gated.numpy(), average.numpy(), self.attention.numpy(), self.attention_bias.numpy(),
+            self.conv3.numpy(), self.conv3_bias.numpy(), scale2, shift2,
             self.conv4.numpy(), self.conv4_bias.numpy(), self.conv5.numpy(),
             None if adapted else self.conv5_bias.numpy(),
             cast(Tensor, bias_map).numpy() if adapted else None,
@@ -155,7 +161,7 @@ class CpuPictureMap(PictureMap):
         """With `instead` the map is a step's, and lasts until the next step; without, a picture's."""
         b, _, height, width = picture.shape
         shape = (b, height, width, self.channels)
-        out = torch.empty(shape) if instead is None else scratch.map("intro", *shape)
+        out = empty(*shape) if instead is None else scratch.map("intro", *shape)
         addend = self.bias if instead is None else instead
         _nafnet.intro(
             picture.float().contiguous().numpy(), self.weight.numpy(), addend.numpy(), out.numpy(),
@@ -202,6 +208,14 @@ class CpuUNet(FoldedUNet):
         weight, bias = self.ending_weight.numpy(), self.ending_bias.numpy()
         _nafnet.ending(h.numpy(), weight, bias, out.numpy(), threads=torch.get_num_threads(), isa=self.isa)
         return out
+
+
+def native_update(row: Tensor, x: Tensor, output: Tensor, previous: Tensor, y_eps: Tensor) -> tuple[Tensor, Tensor]:
+    """`sampler.update` in one pass over its pictures, all float32."""
+    following, x0 = torch.empty(y_eps.shape), torch.empty(y_eps.shape)
+    given = [t.contiguous().numpy() for t in (row, x, output, previous, y_eps)]
+    _nafnet.update(*given, following.numpy(), x0.numpy(), threads=torch.get_num_threads())
+    return following, x0
 
 
 def _lanes(isa: str) -> int:

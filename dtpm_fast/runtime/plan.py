@@ -19,7 +19,7 @@ from dtpm_fast.model.block import DenoisingBlock, NAFBlock
 from dtpm_fast.model.denoiser import sinusoid
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.model.unet import UNet
-from dtpm_fast.runtime.cpu_unet import CpuBlock, CpuPictureMap, CpuUNet, instruction_set, scratch
+from dtpm_fast.runtime.cpu_unet import CpuBlock, CpuPictureMap, CpuUNet, instruction_set, native_update, scratch
 from dtpm_fast.runtime.sampler import C_IN, Conditions, Steps, sample, update
 from dtpm_fast.runtime.unet import FoldedBlock, FoldedUNet, KernelBlock, Mean, MergedAdapter, PictureMap, own_mean
 
@@ -120,6 +120,7 @@ class Step(nn.Module):
         assert intro.bias is not None
         no_bias = torch.zeros_like(intro.bias)  # it is in the condition's half
         self.intro = _map(form, intro.weight[:, :3], no_bias, dtype)
+        self.update = native_update if form == "native" and intro.weight.dtype == torch.float32 else update
 
     def forward(
         self, x: Tensor, previous: Tensor, row: Tensor, time_row: Tensor, conditions: Conditions
@@ -127,7 +128,7 @@ class Step(nn.Module):
         """x, previous: (B, 3, H, W), this step's x and the step before's x0; row: (7,) of the sampler's table;
         time_row: (1, sum of 4C). Returns the next x (without fresh noise) and this step's x0."""
         output = self.network(x, row, time_row, conditions)
-        return update(row, x, output, previous, conditions["y_eps"])
+        return self.update(row, x, output, previous, conditions["y_eps"])
 
     def network(
         self, x: Tensor, row: Tensor, time_row: Tensor, conditions: Conditions, mean: Mean = own_mean

@@ -16,7 +16,7 @@ from torch import Tensor
 from dtpm_fast.errors import UserError
 from dtpm_fast.runtime.cpu_unet import scratch
 from dtpm_fast.runtime.plan import Plan
-from dtpm_fast.runtime.sampler import Conditions, sample, update
+from dtpm_fast.runtime.sampler import Conditions, sample
 from dtpm_fast.runtime.unet import Mean, own_mean
 
 OVERLAP = 64  # pixels that a window reaches beyond its core, on each side
@@ -113,7 +113,7 @@ class Tiled:
             own = self.plan.prepare_module.conditions(window.of(y_d), window.of(y_eps), code)
             return self.plan.step_module.network(window.of(x), row, time_row, own, mean)
 
-        return update(row, x, self._blended(x, network), previous, y_eps)
+        return self.plan.step_module.update(row, x, self._blended(x, network), previous, y_eps)
 
     def restore(self, y_d: Tensor, noise: Tensor) -> Tensor:
         with scratch.kept():

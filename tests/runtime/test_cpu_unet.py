@@ -16,9 +16,9 @@ from dtpm_fast.model.block import DenoisingBlock
 from dtpm_fast.model.dtpm import Predictor
 from dtpm_fast.runtime import cpu_unet
 from dtpm_fast.runtime.backends import choose_backend
-from dtpm_fast.runtime.cpu_unet import CpuBlock, CpuPictureMap, CpuUNet, instruction_set, scratch
+from dtpm_fast.runtime.cpu_unet import CpuBlock, CpuPictureMap, CpuUNet, instruction_set, native_update, scratch
 from dtpm_fast.runtime.plan import Plan, native_form
-from dtpm_fast.runtime.sampler import make_steps
+from dtpm_fast.runtime.sampler import make_steps, update
 from dtpm_fast.runtime.unet import FoldedUNet, MergedAdapter, PictureMap, own_mean
 
 _nafnet = pytest.importorskip("dtpm_fast._nafnet", reason="dtpm_fast._nafnet was not built, which needs OpenMP")
@@ -113,6 +113,30 @@ def test_a_map_of_a_picture_is_as_exact_as_eager(isa: str, lanes: int) -> None:
             ours, eager = ([form(p, instead) for p in pictures] for form in forms)
             truth = [exact(p.double(), None if instead is None else instead.double()) for p in pictures]
             assert error(ours, truth) <= 1.5 * error(eager, truth)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++2m"])
+def test_the_sampler_s_update_is_as_exact_as_eager(sampler: str, clip: bool) -> None:
+    steps = make_steps(Config.of(clip=clip), 4, sampler)
+    ours, eager, exact = [], [], []
+    for row in steps.table:
+        x = torch.randn(1, 3, 7, 11).expand(3, -1, -1, -1)  # one noise field for a batch
+        given = [x, torch.randn(3, 3, 7, 11) * 40, torch.randn(3, 3, 7, 11), torch.rand(3, 3, 7, 11) * 2 - 1]
+        ours.append(torch.stack(native_update(row.float(), *given)))
+        eager.append(torch.stack(update(row.float(), *given)))
+        exact.append(torch.stack(update(row, *(t.double() for t in given))))
+        assert (exact[-1][1].abs() > 2).any() != clip  # x0 reaches beyond the range unless it is clipped
+    assert error(ours, exact) <= 1.5 * error(eager, exact)
+
+
+def test_an_update_keeps_nan() -> None:
+    x = torch.zeros(1, 3, 4, 5)
+    output = x.clone()
+    output[0, 1, 2, 3] = float("nan")
+    steps = make_steps(Config(), 4)
+    for values in native_update(steps.table[0].float(), x, output, x, x):
+        assert torch.equal(values.isnan(), output.isnan())
 
 
 def test_no_bit_depends_on_the_number_of_threads() -> None:
