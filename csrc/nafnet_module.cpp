@@ -17,15 +17,6 @@ namespace {
 
 using Array = py::array_t<float, py::array::c_style>;
 
-nafnet::Isa isa_named(const std::string& name) {
-    const nafnet::Isa isa = name == "avx512"     ? nafnet::Isa::avx512
-                            : name == "avx2"     ? nafnet::Isa::avx2
-                            : name == "portable" ? nafnet::Isa::portable
-                                                 : throw std::invalid_argument("unknown instruction set " + name);
-    if (!nafnet::supports(isa)) throw std::runtime_error("this CPU has no " + name);
-    return isa;
-}
-
 long up_to(long value, long multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Every size is checked: what is beyond an array is never read.
@@ -42,7 +33,7 @@ float* sized(Array& array, long size, const char* what) {
 }
 
 // The shape of a map [samples, height, width, channels] whose channels fill vectors.
-nafnet::Shape shape_of(const Array& map, nafnet::Isa isa) {
+nafnet::Shape shape_of(const Array& map, Isa isa) {
     if (map.ndim() != 4 || map.size() == 0) throw std::invalid_argument("a map has 4 dimensions and is not empty");
     if (map.shape(3) % nafnet::lanes(isa))
         throw std::invalid_argument("channels: " + std::to_string(map.shape(3)) + " is no multiple of " +
@@ -60,7 +51,7 @@ int checked(int threads) { return threads > 0 ? threads : throw std::invalid_arg
 void spread(const Array& x, const Array& scale, const Array& shift, const Array& conv1, const Array& conv1_bias,
             const Array& depthwise, const Array& depthwise_bias, Array gated, Array average, int threads,
             const std::string& name) {
-    const nafnet::Isa isa = isa_named(name);
+    const Isa isa = isa_named(name);
     const nafnet::Shape s = shape_of(x, isa);
     const long c = s.channels, pixels = s.samples * s.height * s.width;
     const nafnet::Rows scales = rows_of(scale, s, "scale"), shifts = rows_of(shift, s, "shift");
@@ -79,7 +70,7 @@ void merge(Array x, const Array& gated, const Array& average, const Array& atten
            const Array& conv4_bias, const Array& conv5, const std::optional<Array>& conv5_bias,
            const std::optional<Array>& bias_map, const std::optional<Array>& adapter, int threads,
            const std::string& name) {
-    const nafnet::Isa isa = isa_named(name);
+    const Isa isa = isa_named(name);
     const nafnet::Shape s = shape_of(x, isa);
     const long c = s.channels, size = s.samples * s.height * s.width * c, wide = up_to(c, 2 * nafnet::lanes(isa));
     if (conv5_bias.has_value() == bias_map.has_value())
@@ -107,7 +98,7 @@ void merge(Array x, const Array& gated, const Array& average, const Array& atten
 }
 
 void down(const Array& x, const Array& weight, const Array& bias, Array out, int threads, const std::string& name) {
-    const nafnet::Isa isa = isa_named(name);
+    const Isa isa = isa_named(name);
     const nafnet::Shape s = shape_of(x, isa);
     if (s.height % 2 || s.width % 2) throw std::invalid_argument("down: height and width must be even");
     const float* w = sized(weight, 8 * s.channels * s.channels, "weight");
@@ -118,7 +109,7 @@ void down(const Array& x, const Array& weight, const Array& bias, Array out, int
 }
 
 void up(const Array& x, const Array& weight, Array skip, int threads, const std::string& name) {
-    const nafnet::Isa isa = isa_named(name);
+    const Isa isa = isa_named(name);
     const nafnet::Shape s = shape_of(x, isa);
     if (s.channels % (2 * nafnet::lanes(isa))) throw std::invalid_argument("up: half the channels must fill vectors");
     const float* w = sized(weight, 2 * s.channels * s.channels, "weight");
@@ -129,7 +120,7 @@ void up(const Array& x, const Array& weight, Array skip, int threads, const std:
 
 void intro(const Array& picture, const Array& weight, const Array& addend, Array out, int threads,
            const std::string& name) {
-    const nafnet::Isa isa = isa_named(name);
+    const Isa isa = isa_named(name);
     const nafnet::Shape s = shape_of(out, isa);
     const float* from = sized(picture, s.samples * 3 * s.height * s.width, "picture");
     const float* w = sized(weight, 27 * up_to(s.channels, 2 * nafnet::lanes(isa)), "weight");
@@ -142,7 +133,7 @@ void intro(const Array& picture, const Array& weight, const Array& addend, Array
 
 void ending(const Array& x, const Array& weight, const Array& bias, Array picture, int threads,
             const std::string& name) {
-    const nafnet::Isa isa = isa_named(name);
+    const Isa isa = isa_named(name);
     const nafnet::Shape s = shape_of(x, isa);
     const float* w = sized(weight, 27 * s.channels, "weight");
     const float* b = sized(bias, 3, "bias");
@@ -189,9 +180,9 @@ PYBIND11_MODULE(_nafnet, module) {
     });
     module.def("instruction_sets", [] {  // the best first, each with its lanes
         std::vector<std::pair<std::string, int>> found;
-        for (const auto& [name, isa] : {std::pair{"avx512", nafnet::Isa::avx512}, {"avx2", nafnet::Isa::avx2},
-                                        {"portable", nafnet::Isa::portable}})
-            if (nafnet::supports(isa)) found.emplace_back(name, nafnet::lanes(isa));
+        for (const auto& [name, isa] : {std::pair{"avx512", Isa::avx512}, {"avx2", Isa::avx2},
+                                        {"portable", Isa::portable}})
+            if (supports(isa)) found.emplace_back(name, nafnet::lanes(isa));
         return found;
     });
 }

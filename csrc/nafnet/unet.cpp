@@ -74,22 +74,6 @@ namespace avx512 {
 
 }  // namespace
 
-bool supports(Isa isa) {
-#if defined(__x86_64__)
-    if (isa == Isa::avx512)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-    if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-    return isa == Isa::portable;
-}
-
-Isa best_isa() {
-    for (Isa isa : {Isa::avx512, Isa::avx2})
-        if (supports(isa)) return isa;
-    return Isa::portable;
-}
-
 int lanes(Isa isa) { return isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4; }
 
 long strip_width(const Shape& shape) {

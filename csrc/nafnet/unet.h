@@ -8,12 +8,10 @@
 // No result depends on the number of threads: every value is summed in one fixed order.
 #pragma once
 
+#include "../isa.h"
+
 namespace nafnet {
 
-enum class Isa { portable, avx2, avx512 };
-
-bool supports(Isa isa);
-Isa best_isa();
 int lanes(Isa isa);
 
 struct Shape {

@@ -4,11 +4,12 @@
 
 #include <vector>
 
+#include "../isa.h"
+
 namespace rtv {
 
 enum class Mode { exact, matlab_pcg };
 enum class Solver { mic, direct };
-enum class Isa { portable, avx2, avx512 };
 
 struct Parameters {
     double lam = 0.01;
@@ -30,8 +31,5 @@ struct SolveReport {
 template <class Real>
 std::vector<SolveReport> smooth(Real* planes, int height, int width, int channels, const Parameters& parameters,
                                 Isa isa, int threads);
-
-bool supports(Isa isa);
-Isa best_isa();
 
 }  // namespace rtv

@@ -81,20 +81,4 @@ std::vector<SolveReport> smooth(Real* planes, int height, int width, int channel
 template std::vector<SolveReport> smooth(float*, int, int, int, const Parameters&, Isa, int);
 template std::vector<SolveReport> smooth(double*, int, int, int, const Parameters&, Isa, int);
 
-bool supports(Isa isa) {
-#if defined(__x86_64__)
-    if (isa == Isa::avx512)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-    if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-    return isa == Isa::portable;
-}
-
-Isa best_isa() {
-    for (Isa isa : {Isa::avx512, Isa::avx2})
-        if (supports(isa)) return isa;
-    return Isa::portable;
-}
-
 }  // namespace rtv

@@ -94,7 +94,7 @@ using Report = std::vector<rtv::SolveReport>;
 constexpr py::ssize_t team_pixels = 128 * 128;
 
 template <class Real>
-std::vector<Report> smooth_all(const View& in, const View& out, const rtv::Parameters& parameters, rtv::Isa isa,
+std::vector<Report> smooth_all(const View& in, const View& out, const rtv::Parameters& parameters, Isa isa,
                                int threads) {
     const py::ssize_t images = in.shape[0];
     const int height = int(in.shape[1]), width = int(in.shape[2]), channels = int(in.shape[3]);
@@ -136,16 +136,6 @@ std::vector<Report> smooth_all(const View& in, const View& out, const rtv::Param
     return reports;
 }
 
-rtv::Isa isa_named(const std::string& name) {
-    if (name == "auto") return rtv::best_isa();
-    const rtv::Isa isa = name == "avx512"     ? rtv::Isa::avx512
-                         : name == "avx2"     ? rtv::Isa::avx2
-                         : name == "portable" ? rtv::Isa::portable
-                                              : throw std::invalid_argument("unknown instruction set " + name);
-    if (!rtv::supports(isa)) throw std::runtime_error("this CPU has no " + name);
-    return isa;
-}
-
 std::vector<std::vector<std::tuple<int, double>>> smooth(const py::array& image, const py::array& out, double lam,
                                                          double sigma, double sharpness, int iterations,
                                                          const std::string& solver, const std::string& mode, double tol,
@@ -158,7 +148,7 @@ std::vector<std::vector<std::tuple<int, double>>> smooth(const py::array& image,
     parameters.tol = tol;
     parameters.mode = mode == "exact" ? rtv::Mode::exact : rtv::Mode::matlab_pcg;
     parameters.solver = solver == "mic" ? rtv::Solver::mic : rtv::Solver::direct;
-    const rtv::Isa isa = isa_named(isa_name);
+    const Isa isa = isa_name == "auto" ? best_isa() : isa_named(isa_name);
     const View in(image, false), to(out, true);
     std::vector<Report> reports;
     {
@@ -183,8 +173,8 @@ PYBIND11_MODULE(_rtv, module) {
                "Smooth [images, height, width, 1 or 3] into `out`; (iterations, residual) per solve and picture.");
     module.def("instruction_sets", [] {
         std::vector<std::string> names{"portable"};
-        if (rtv::supports(rtv::Isa::avx2)) names.emplace_back("avx2");
-        if (rtv::supports(rtv::Isa::avx512)) names.emplace_back("avx512");
+        if (supports(Isa::avx2)) names.emplace_back("avx2");
+        if (supports(Isa::avx512)) names.emplace_back("avx512");
         return names;
     });
 }
