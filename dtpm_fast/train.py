@@ -83,13 +83,17 @@ def _train(args: argparse.Namespace) -> Path:
     defaults: dict[str, Any] = {}
     if prior is not None:
         defaults = {**asdict(prior.config.model), **asdict(prior.config.diffusion)}
+    init = None if args.init is None else read_weights(args.init)
+    if init is not None and init.stage == args.stage == 2:  # what its adapters were trained for, and no shape shows
+        for name in ("sigma_data", "condition", "code_source"):
+            defaults[name] = getattr(init.config.model, name)
     config = Config.load(args.config, args.settings, defaults)
     if args.stage == 1 and config.train.tune != "adapters":
         raise UserError(f"tune = {config.train.tune!r}: belongs to stage 2; stage 1 trains the whole denoiser")
     model = _build(args, config, prior)
     freeze(model, config.train.tune)
-    if args.init is not None:
-        fill_trained(model, read_weights(args.init))
+    if init is not None:
+        fill_trained(model, init)
     if args.stage == 1:
         source = stage1_source(args.data, args.smoothed, args.validation, config.train, world.checks_data)
     else:
@@ -99,11 +103,13 @@ def _train(args: argparse.Namespace) -> Path:
         )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     world.say(f"data: {source.about}; validation on {len(source.validation)} crops")
-    world.say(f"model: {config.model.preset}, {trained / 1e6:.2f}M parameters train")
+    world.say(
+        f"model: {config.model.preset}, {trained / 1e6:.2f}M parameters train, sigma_data {config.model.sigma_data:g}"
+    )
     if config.train.tune == "predictor" and prior is None:
         world.say("no --prior: the denoiser stays untrained; go on with --init on this run's weights")
     about = {"data": source.about, "device": why}
-    if args.init is not None:
+    if init is not None:
         about["started_from"] = args.init.name
     run = Run(model, config, args.task or "", source.data, source.validation, args.output, device, about, world)
     weights = train(run, args.resume)

@@ -122,6 +122,21 @@ def test_the_predictor_trains_alone_and_another_run_starts_from_it(photos, tmp_p
     assert all(torch.allclose(third[name], value, atol=1e-6) for name, value in before.items())
 
 
+def test_a_task_goes_on_with_its_own_sigma_data(photos, tmp_path, tiny):
+    """It is in no tensor's shape, so a run that fell back to the prior's would spoil the adapters silently."""
+    settings = [*tiny, "steps=1", "validation_images=0"]
+    assert stage1(photos, tmp_path / "prior", settings) == 0
+    prior = ["--prior", str(tmp_path / "prior" / "weights.safetensors")]
+    own = [*settings, "sigma_data=0.03", "condition=predicted"]
+    assert stage2(photos, tmp_path / "first", own, *prior) == 0
+    init = ["--init", str(tmp_path / "first" / "weights.safetensors")]
+    assert stage2(photos, tmp_path / "second", settings, *prior, *init) == 0
+    assert stage2(photos, tmp_path / "third", [*settings, "sigma_data=0.05"], *prior, *init) == 0
+    models = [read_weights(tmp_path / run / "weights.safetensors").config.model for run in ("prior", "second", "third")]
+    assert [model.sigma_data for model in models] == [0.1, 0.03, 0.05]
+    assert [model.condition for model in models] == ["degraded", "predicted", "predicted"]
+
+
 def test_a_resumed_run_does_not_start_from_its_init_again(photos, tmp_path, tiny):
     """The state of the run goes first, so that the same command with --resume goes on."""
     settings = [*tiny, "validation_images=0", "checkpoint_every=2", "seed=1"]
