@@ -84,9 +84,9 @@ public:
     }
 
     static void merge(const Shape& s, float* x, const float* gated, const float* average, const float* attention,
-                      const float* attention_bias, const float* conv3, const float* conv3_bias, Rows scale, Rows shift, const float* conv4, const float* conv4_bias,
-                      const float* conv5, const float* conv5_bias, const float* bias_map, const float* adapter,
-                      long rank, int threads) {
+                      const float* attention_bias, const float* conv3, const float* conv3_bias, Rows scale,
+                      Rows shift, const float* conv4, const float* conv4_bias, const float* conv5,
+                      const float* conv5_bias, const float* bias_map, const float* adapter, long rank, int threads) {
         const long C = s.channels, pixels = s.height * s.width, panels = (C + 2 * V - 1) / (2 * V);
         const long chunk = chunk_for(pixels, s.samples, threads), chunks = (pixels + chunk - 1) / chunk;
         // A pixel of the last product's input: what the adapter makes of y (rank values, none where it is merged), the

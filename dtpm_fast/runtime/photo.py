@@ -72,7 +72,7 @@ def round_up(side: int, multiple: int) -> int:
 
 
 def _from_array(rgb: np.ndarray) -> Tensor:
-    return torch.from_numpy(rgb).permute(2, 0, 1)[None].contiguous()
+    return torch.from_numpy(np.array(rgb.transpose(2, 0, 1), order="C"))[None]  # a flipped view has negative strides
 
 
 def _to_array(batch: Tensor) -> np.ndarray:

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from dtpm_fast import Restorer
 from dtpm_fast.diffusion import restore
 from dtpm_fast.errors import UserError
 from dtpm_fast.runtime.noise import noise_fields
-from dtpm_fast.runtime.photo import pad_to
+from dtpm_fast.runtime.photo import open_photo, pad_to
 from dtpm_fast.runtime.shipped import shipped
 
 
@@ -177,3 +178,12 @@ def test_padding_mirrors_as_often_as_it_takes(side: int, size: int) -> None:
     expected = np.pad(image.numpy(), ((0, 0), (0, 0), (0, size - side), (0, 0)), mode="reflect")
     expected = np.pad(expected, ((0, 0), (0, 0), (0, 0), (0, size + 1 - side - 1)), mode="reflect")
     np.testing.assert_array_equal(pad_to(image, size, size + 1).numpy(), expected)
+
+
+@pytest.mark.parametrize("turned", [np.s_[::-1], np.s_[:, ::-1], np.s_[..., ::-1], np.s_[::2, 1:]])
+def test_a_view_of_an_array_is_a_photo_too(turned: Any) -> None:
+    """BGR to RGB by [..., ::-1], flips and crops: views whose strides PyTorch does not take."""
+    view = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)[turned]
+    batch, back = open_photo(view)
+    assert batch.is_contiguous()
+    assert np.array_equal(back(batch), view)
