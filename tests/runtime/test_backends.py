@@ -102,7 +102,18 @@ def test_warmup_and_the_log_line(
     assert caplog.messages[-1].startswith("warm after")
 
 
-def test_set_task_gives_what_a_new_restorer_gives(tmp_path: Path, random_weights: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [
+        ("cpu", "reference"),
+        ("cpu", "fused"),
+        pytest.param("cuda", "fused", marks=pytest.mark.gpu),
+        pytest.param("cuda", "graph", marks=pytest.mark.gpu),
+    ],
+)
+def test_set_task_gives_what_a_new_restorer_gives(
+    tmp_path: Path, random_weights: Callable[..., Path], device: str, backend: str
+) -> None:
     photo = np.random.default_rng(0).integers(0, 256, (20, 28, 3), dtype=np.uint8)
     sigmas = {"derain": 0.1, "desnow": 0.1, "deblur": 0.03}  # in the sampler's table, so that changes with the task too
     files = {
@@ -110,22 +121,21 @@ def test_set_task_gives_what_a_new_restorer_gives(tmp_path: Path, random_weights
         for seed, (task, sigma) in enumerate(sigmas.items())
     }
     other = random_weights(tmp_path / "other.safetensors", width=24)
-    for backend in ("reference", "fused"):
-        restorer = Restorer.from_pretrained(files["derain"], "derain", device="cpu", backend=backend)
-        fresh = {
-            task: Restorer.from_pretrained(file, task, device="cpu", backend=backend)(photo)
-            for task, file in files.items()
-        }
-        assert len({picture.tobytes() for picture in fresh.values()}) == 3
-        for task in ("desnow", "derain", "deblur", "desnow"):  # new, back, new, and one from before
-            restorer.set_task(task, files[task])
-            assert f"{task}.safetensors ({task}" in restorer.about
-            np.testing.assert_array_equal(restorer(photo), fresh[task])
-        with pytest.raises(UserError, match="another network"):
-            restorer.set_task("derain", other)
-        with pytest.raises(UserError, match="trained for the task 'desnow'"):
-            restorer.set_task("defocus")
-        np.testing.assert_array_equal(restorer(photo), fresh["desnow"])
+    restorer = Restorer.from_pretrained(files["derain"], "derain", device=device, backend=backend)
+    fresh = {
+        task: Restorer.from_pretrained(file, task, device=device, backend=backend)(photo)
+        for task, file in files.items()
+    }
+    assert len({picture.tobytes() for picture in fresh.values()}) == 3
+    for task in ("desnow", "derain", "deblur", "desnow"):  # new, back, new, and one from before
+        restorer.set_task(task, files[task])
+        assert f"{task}.safetensors ({task}" in restorer.about
+        np.testing.assert_array_equal(restorer(photo), fresh[task])
+    with pytest.raises(UserError, match="another network"):
+        restorer.set_task("derain", other)
+    with pytest.raises(UserError, match="trained for the task 'desnow'"):
+        restorer.set_task("defocus")
+    np.testing.assert_array_equal(restorer(photo), fresh["desnow"])
 
 
 @pytest.mark.gpu
