@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dtpm_fast.data.layouts import SPLITS, Pair, Scan, scan_pairs
+from dtpm_fast.data.layouts import SPLITS, Pair, Scan, SplitNotFound, scan_pairs
 from dtpm_fast.data.pictures import different_sizes, find_photos
 from dtpm_fast.errors import UserError
 from dtpm_fast.images import read_image
@@ -44,6 +44,7 @@ def check_folder(task: str, root: Path | str, split: str | None = None, split_fi
     """
     root = Path(root)
     report = Report()
+    reason: UserError = SplitNotFound(f"{root}: no pair of {task} in it" + (f" for the split {split}" if split else ""))
     scans: dict[tuple[Pair, ...], tuple[list[str], Scan]] = {}  # without split folders, every split is the whole
     for each in SPLITS if split is None else (split,):
         try:

@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,6 +12,7 @@ from dtpm_fast.data.check import check_folder
 from dtpm_fast.data.crops import SyntheticCrops
 from dtpm_fast.data.layouts import SPLITS, find_pairs
 from dtpm_fast.data.make import make_pairs
+from dtpm_fast.data.pictures import check_pairs
 from dtpm_fast.data.residuals import quantile_table, residual_statistics
 from dtpm_fast.data.sheet import write_sheet
 from dtpm_fast.images import read_image
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("folder", type=Path, metavar="DIR", help="the data set's folder")
     check.add_argument("--split", choices=SPLITS, help="only this split (default: all that are there)")
     check.add_argument("--split-file", type=Path, help="CSV (name, split) or list of names that chooses the pictures")
-    check.add_argument("--show", type=int, default=10, metavar="N", help="problems to print (default: 10)")
+    check.add_argument("--show", type=_at_least(0), default=10, metavar="N", help="problems to print (default: 10)")
     sheet = commands.add_parser(
         "sheet",
         help="write one picture that shows every degradation",
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     sheet.add_argument("photos", nargs="*", type=Path, metavar="PHOTO", help="default: scikit-image's sample photos")
     sheet.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="a .jpg or .png")
-    sheet.add_argument("--seed", type=int, default=0)
+    sheet.add_argument("--seed", type=_at_least(0), default=0)
     make = commands.add_parser(
         "make",
         help="write a synthetic test set: degraded photos and their targets",
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make.add_argument("photos", nargs="*", type=Path, metavar="PHOTO", help="default: scikit-image's colour photos")
     make.add_argument("--task", required=True, choices=list(TASKS))
     make.add_argument("--strength", type=float, nargs="+", default=[1.0], metavar="X", help="0 is clean (default: 1)")
-    make.add_argument("--seed", type=int, default=0)
+    make.add_argument("--seed", type=_at_least(0), default=0)
     make.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="a new or empty folder")
     measure = commands.add_parser(
         "measure",
@@ -76,10 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measure.add_argument("--pairs", type=Path, metavar="DIR", help="pairs to compare with")
     measure.add_argument("--split", choices=SPLITS, default="train")
     measure.add_argument("--split-file", type=Path)
-    measure.add_argument("--strength", type=float, default=1.0)
-    measure.add_argument("--count", type=int, default=100, metavar="N", help="synthetic pictures (default: 100)")
-    measure.add_argument("--crop", type=int, default=320, help="their side in pixels (default: 320)")
-    measure.add_argument("--seed", type=int, default=0)
+    measure.add_argument("--strength", type=_strength, default=1.0)
+    measure.add_argument(
+        "--count", type=_at_least(1), default=100, metavar="N", help="synthetic pictures (default: 100)"
+    )
+    measure.add_argument("--crop", type=_at_least(1), default=320, help="their side in pixels (default: 320)")
+    measure.add_argument("--seed", type=_at_least(0), default=0)
     options = parser.parse_args(arguments)
 
     def work() -> int:
@@ -100,6 +103,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(work)
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: must be {least} or more")
+        return int(text)
+
+    return whole_number
+
+
+def _strength(text: str) -> float:
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more, and finite")
+    return float(text)
+
+
 def compare(options: argparse.Namespace) -> str:
     """The table of `measure`, and the time that a crop takes."""
     crops = SyntheticCrops(
@@ -112,6 +130,7 @@ def compare(options: argparse.Namespace) -> str:
     columns = [("synthetic", synthetic)]
     if options.pairs is not None:
         found = find_pairs(options.task, options.pairs, options.split, options.split_file)
+        check_pairs(found.pairs)
         real = [
             residual_statistics(read_image(degraded), read_image(clean))
             for degraded, clean in tqdm(found.pairs, desc="pairs", leave=False, disable=None)

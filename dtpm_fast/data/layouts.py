@@ -23,7 +23,7 @@ import csv
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from dtpm_fast.errors import UserError
@@ -226,33 +226,47 @@ def _by_stem(folder: Path, problems: list[str]) -> dict[str, Path]:
 
 def _select(scan: Scan, split_file: Path, split: str) -> None:
     """Keep the pairs that the split file names; a problem of a picture outside the split stays a problem."""
-    names = read_split(split_file, split)
-    there = {pair[0].stem for pair in scan.pairs}
-    scan.pairs = [pair for pair in scan.pairs if pair[0].stem in names]
-    scan.problems += [f"{split_file}: names {name}, which is no pair on disk" for name in sorted(names - there)]
+    chosen: set[Pair] = set()
+    for name in sorted(read_split(split_file, split)):
+        parts = PurePosixPath(name.lstrip("./")).parts
+        same_name = [pair for pair in scan.pairs if pair[0].stem == parts[-1]]
+        same_path = [pair for pair in same_name if pair[0].parts[-len(parts) : -1] == parts[:-1]]
+        found = same_path or same_name
+        if not found:
+            scan.problems.append(f"{split_file}: names {name}, which is no pair on disk")
+        elif len(found) > 1:
+            scan.problems.append(
+                f"{split_file}: names {name}, and {len(found)} pairs have that name, the first two {found[0][0]} and "
+                f"{found[1][0]}; give the folders as well, as in {'/'.join(found[0][0].parts[-3:])}"
+            )
+        else:
+            chosen.add(found[0])
+    scan.pairs = [pair for pair in scan.pairs if pair in chosen]
 
 
 def read_split(split_file: Path | str, split: str) -> set[str]:
-    """The names (without folder and suffix) that a split file gives to `split`. Raises `UserError` when it cannot be
-    read, lacks a column, or gives none."""
+    """The names (without suffix, with the folders that are given, "/" between them) that a split file gives to `split`.
+    Raises `UserError` when it cannot be read, lacks a column, or gives none."""
     split_file = Path(split_file)
     try:
-        lines = split_file.read_text(encoding="utf-8").splitlines()
+        lines = split_file.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets begin with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{split_file}: not a readable split file ({error})") from error
     if split_file.suffix.lower() != ".csv":
-        names = _stems(line.strip() for line in lines if line.strip())
+        names = _without_suffix(lines)
     else:
         rows = list(csv.DictReader(lines))
         columns: Sequence[str] = list(rows[0]) if rows else []
         column = next((name for name in ("split", "project") if name in columns), None)
         if "name" not in columns or column is None:
             raise UserError(f"{split_file}: needs the columns name and split (or project), has {', '.join(columns)}")
-        names = _stems(row["name"] for row in rows if row[column] == split)
+        names = _without_suffix(row["name"] or "" for row in rows if row[column] == split)
     if not names:
         raise UserError(f"{split_file}: names no picture for the split {split!r}")
     return names
 
 
-def _stems(names: Iterable[str]) -> set[str]:
-    return {Path(name).stem for name in names}
+def _without_suffix(names: Iterable[str]) -> set[str]:
+    """A dot in a name is no suffix: astronaut-0.7."""
+    paths = {Path(name.strip()) for name in names if name.strip()}
+    return {(path.with_suffix("") if path.suffix.lower() in SUFFIXES else path).as_posix() for path in paths}

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dtpm_fast.atomic import whole_folder
 from dtpm_fast.data.degradations import degrade
 from dtpm_fast.data.pictures import find_photos
 from dtpm_fast.data.sheet import sample_photo
@@ -24,15 +25,20 @@ def make_pairs(
     of pairs.
 
     `photos` are files and folders; none stands for scikit-image's colour photos. A picture's generator follows from
-    `seed`, its name and its strength: more photos change no other's. Strength 0 gives the clean photo.
+    `seed`, its name and its strength: more photos change no other's. Strength 0 gives the clean photo. The folder is
+    written whole or not at all.
 
     Raises `UserError` for an unknown task, a strength below 0, a broken photo, two photos of one name, an output that
     holds something already, and, without photos, when scikit-image is not installed.
     """
     check_task(task)
-    for strength in strengths:
-        if not strength >= 0:
-            raise UserError(f"strength {strength}: must be 0 or more")
+    for number, strength in enumerate(strengths):
+        if not 0 <= strength < float("inf"):
+            raise UserError(f"strength {strength}: must be 0 or more, and finite")
+        if f"{strength:g}" in [f"{other:g}" for other in strengths[:number]]:
+            raise UserError(f"strength {strength:g}: is given twice")
+    if seed < 0:
+        raise UserError(f"seed {seed}: must be 0 or more")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists and is not an empty folder; choose another")
     found = [path for given in photos for path in (find_photos(given) if given.is_dir() else [given])]
@@ -41,10 +47,11 @@ def make_pairs(
         raise UserError(f"{next(n for n in names if names.count(n) > 1)}: two photos have this name; rename one")
     pictures = [read_image(path) for path in found] or [sample_photo(name) for name in SAMPLES]
     jobs = [(name, picture, strength) for name, picture in zip(names, pictures, strict=True) for strength in strengths]
-    for name, picture, strength in tqdm(jobs, unit="picture", disable=None):
-        rng = np.random.default_rng([seed, zlib.crc32(f"{task} {name} {strength:g}".encode())])
-        degraded = degrade(task, picture.astype(np.float32) / 255, rng, strength)
-        file = f"{name}-{strength:g}.png" if len(strengths) > 1 else f"{name}.png"
-        write_image(output / "target" / file, picture)
-        write_image(output / "input" / file, np.rint(degraded * 255).astype(np.uint8))
+    with whole_folder(output) as folder:
+        for name, picture, strength in tqdm(jobs, unit="picture", disable=None):
+            rng = np.random.default_rng([seed, zlib.crc32(f"{task} {name} {strength:g}".encode())])
+            degraded = degrade(task, picture.astype(np.float32) / 255, rng, strength)
+            file = f"{name}-{strength:g}.png" if len(strengths) > 1 else f"{name}.png"
+            write_image(folder / "target" / file, picture)
+            write_image(folder / "input" / file, np.rint(degraded * 255).astype(np.uint8))
     return len(jobs)

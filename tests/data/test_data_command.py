@@ -12,6 +12,7 @@ from PIL import Image
 from dtpm_fast.data.check import check_folder
 from dtpm_fast.data.command import main
 from dtpm_fast.data.layouts import find_pairs
+from dtpm_fast.data.make import make_pairs
 from dtpm_fast.errors import UserError
 from dtpm_fast.images import read_image
 
@@ -36,6 +37,40 @@ def test_sizes_that_differ(miniature: Miniature, tmp_path: Path, capsys: pytest.
     printed = capsys.readouterr().out
     assert "1 problem:" in printed
     assert f"{degraded}: 25x16 pixels, but its target {target} has 24x16" in printed
+
+
+def test_a_split_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("in/im_0001_s80_a04.png", "gt/im_0001.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_picture(tmp_path / name, 24, 16)
+    assert check("derain", tmp_path, "--split", "test") == 1
+    assert "no pair of derain in it for the split test" in capsys.readouterr().err
+
+
+def test_make_leaves_nothing_of_a_set_that_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_picture(tmp_path / "photo.png", 24, 16)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dtpm_fast.data.make.degrade", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs("derain", tmp_path / "set", [tmp_path / "photo.png"])
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+
+
+@pytest.mark.parametrize(
+    "options", [["--seed", "-1"], ["--strength", "inf"], ["--strength", "nan"], ["--strength", "1", "1"]]
+)
+def test_make_refuses_what_makes_no_set(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(["make", "--task", "derain", "-o", str(tmp_path / "set"), *options])
+    except SystemExit as usage:  # argparse's
+        code = usage.code
+    assert code in (1, 2)
+    said = capsys.readouterr().err
+    assert "must be 0 or more" in said or "is given twice" in said
+    assert not (tmp_path / "set").exists()
 
 
 def test_corrupt_files(miniature: Miniature, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

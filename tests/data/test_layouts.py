@@ -148,6 +148,24 @@ def test_list_file_selects_by_name_or_path(tmp_path: Path, picture: Callable[...
     assert [pair[0].stem for pair in find_pairs("desnow", tmp_path, "test", names).pairs] == ["city_2"]
 
 
+def test_a_list_of_paths_tells_scenes_apart(tmp_path: Path, picture: Callable[..., Path]) -> None:
+    for scene in ("train/A", "test/B"):
+        picture(tmp_path / scene / "blur/000001.png")
+        picture(tmp_path / scene / "sharp/000001.png")
+    names = tmp_path / "names.txt"
+    names.write_text("\ufefftrain/A/blur/000001.png\n", encoding="utf-8")
+    found = find_pairs("deblur", tmp_path, "train", names).pairs
+    assert [pair[0].relative_to(tmp_path).as_posix() for pair in found] == ["train/A/blur/000001.png"]
+    names.write_text("000001.png\n")
+    with pytest.raises(UserError, match=r"names 000001, and 2 pairs have that name.*as in B?A?/blur/000001\.png"):
+        find_pairs("deblur", tmp_path, "train", names)
+
+
+def test_a_dot_in_a_name_is_no_suffix(tmp_path: Path) -> None:
+    (tmp_path / "split.csv").write_text("name,split\na-0.7,train\nb-0.7.png,train\n,train\nc\n")
+    assert read_split(tmp_path / "split.csv", "train") == {"a-0.7", "b-0.7"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
