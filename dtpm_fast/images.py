@@ -1,15 +1,24 @@
 """Reading and writing of photos: every format that Pillow knows, in 8 bits, with a clear error for a broken file."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dtpm_fast.atomic import atomic_path
 from dtpm_fast.errors import UserError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {  # what undoes each of its values but 1
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+_BROKEN = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)  # of Pillow
 
 
 def read_image(path: Path | str) -> np.ndarray:
@@ -22,18 +31,42 @@ def read_image(path: Path | str) -> np.ndarray:
             return to_rgb8(image)
     except MemoryError as error:
         raise UserError(f"{path}: not enough memory to read it") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _BROKEN as error:
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{path}: no such file") from error
         raise UserError(f"{path}: not a readable picture ({error})") from error
 
 
+def image_size(path: Path | str) -> tuple[int, int]:
+    """(height, width) as `read_image` will give it, from the header where that is enough. Raises `UserError`."""
+    try:
+        with Image.open(path) as image:
+            if image.format == "TIFF":
+                image.load()  # newer Pillows turn a TIFF while they load it
+            turned = _orientation(image) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except _BROKEN as error:
+        raise UserError(f"{path}: not a readable picture ({error})") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """The one EXIF tag that counts. Pillow's exif_transpose writes all of them again, and fails on any odd one."""
+    return image.getexif().get(_ORIENTATION, 1)
+
+
 def to_rgb8(image: Image.Image) -> np.ndarray:
-    """HxWx3 uint8 RGB of a Pillow image of any mode."""
-    image = ImageOps.exif_transpose(image)
+    """HxWx3 uint8 RGB of a Pillow image of any mode. Floating-point greys are in [0, 1], [0, 255] or [0, 65535], the
+    smallest that holds them all. Raises `ValueError` for ones that are not finite."""
+    turn = _TURNS.get(_orientation(image))
+    image = image if turn is None else image.transpose(turn)
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):  # Pillow's own convert("RGB") clips these at 255
         wide = np.asarray(image, dtype=np.float64)
-        scale = 1.0 if wide.max(initial=0.0) <= 255 and image.mode in ("I", "F") else 255.0 / 65535.0
+        if not np.isfinite(wide).all():
+            raise ValueError("has pixels that are not finite")
+        brightest = wide.max(initial=0.0)
+        scale = 255.0 / 65535.0
+        if image.mode in ("I", "F") and brightest <= 255:
+            scale = 255.0 if image.mode == "F" and brightest <= 1 else 1.0
         grey = np.clip(np.rint(wide * scale), 0, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.has_transparency_data:

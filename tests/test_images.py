@@ -1,11 +1,13 @@
 """Pictures in and out: every mode that people have, and broken files by name."""
 
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from dtpm_fast.errors import UserError
-from dtpm_fast.images import list_images, read_image, write_image
+from dtpm_fast.images import image_size, list_images, read_image, write_image
 
 
 @pytest.fixture
@@ -77,3 +79,32 @@ def test_list_images(tmp_path, rgb):
     for name in ("b.png", "a.JPG", ".hidden.png"):
         write_image(tmp_path / name, rgb)
     assert [p.name for p in list_images(tmp_path)] == ["a.JPG", "b.png"]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tif", ".webp"])
+def test_the_size_in_the_header_is_that_of_the_picture(tmp_path, rgb, suffix):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}{suffix}"
+        Image.fromarray(rgb).save(path, exif=exif)
+        assert image_size(path) == read_image(path).shape[:2]
+    with pytest.raises(UserError, match=r"none\.png: not a readable picture"):
+        image_size(tmp_path / "none.png")
+
+
+def test_odd_exif_does_not_matter(tmp_path, rgb):
+    turn = struct.pack("<HHIHxx", 0x0112, 3, 1, 6)
+    resolution = struct.pack("<HHI4s", 0x011A, 2, 4, b"abc")  # text where a fraction belongs
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turn + resolution + bytes(4)
+    Image.fromarray(rgb).save(tmp_path / "odd.jpg", exif=exif)
+    assert read_image(tmp_path / "odd.jpg").shape == (13, 9, 3)
+
+
+@pytest.mark.parametrize("top", [1, 255, 65535])
+def test_floating_point_pictures_are_scaled_by_their_range(tmp_path, rgb, top):
+    Image.fromarray(rgb[..., 0].astype(np.float32) / 255 * top).save(tmp_path / "f.tif")
+    assert np.array_equal(read_image(tmp_path / "f.tif")[..., 0], rgb[..., 0])
+    Image.fromarray(np.full((3, 4), np.nan, np.float32)).save(tmp_path / "nan.tif")
+    with pytest.raises(UserError, match=r"nan\.tif: .*not finite"):
+        read_image(tmp_path / "nan.tif")
