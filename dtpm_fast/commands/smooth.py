@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dtpm_fast.atomic import atomic_path
 from dtpm_fast.commands.run import run
 from dtpm_fast.errors import UserError
-from dtpm_fast.images import SUFFIXES, read_image
+from dtpm_fast.images import SUFFIXES, image_size, read_image
 from dtpm_fast.smoothing import MODES, rtv_smooth
 
 EXAMPLE = """examples:
@@ -28,7 +28,7 @@ EXAMPLE = """examples:
 A photo becomes DIR/NAME.png; folders are searched to the bottom and keep their shape. With --crop, every crop is
 smoothed by itself: DIR/clean/NAME_yY_xX.png and DIR/smooth/NAME_yY_xX.png, the first to train on, the second its
 smoothed pictures. A rerun does only what is missing. A photo that cannot be smoothed is named at the end and the exit
-code is 1; the others are done. One run at a time in a DIR."""
+code is 1; the others are done. One run at a time in a DIR; a DIR inside INPUT is no part of the input."""
 
 SETTINGS_FILE = "dtpm-smooth.json"
 
@@ -84,11 +84,12 @@ class Job:
 def _smooth(options: argparse.Namespace) -> int:
     names = ("lam", "sigma", "sharpness", "iterations", "mode")
     settings = {name: getattr(options, name) for name in names}
-    device = _device(options.device)
-    _claim(options.output, settings | {"crop": options.crop, "stride": options.stride})
+    device = _device(options.device, settings)
     workers = options.workers or len(os.sched_getaffinity(0))
     failures: list[str] = []
-    jobs, done = _plan(_sources(options.inputs), options, settings, device, failures)
+    jobs, done = _plan(_sources(options.inputs, options.output), options, settings, device, failures)
+    if jobs or done:
+        _claim(options.output, settings | {"crop": options.crop, "stride": options.stride or options.crop}, done)
     threads = max(1, workers // max(1, len(jobs))) if options.cluster is None else 1
     jobs = [Job(j.source, j.settings, j.device, threads, j.whole, j.crops, j.size) for j in jobs]
     print(f"smoothing on {device}, {workers} at a time" if not options.cluster else "smoothing on a Ray cluster",
@@ -180,14 +181,18 @@ def _on_cluster(jobs: list[Job], address: str) -> Iterator[tuple[int, str | None
         ray.shutdown()
 
 
-def _sources(inputs: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """Every photo, and its place below the output, without suffix."""
+def _sources(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
+    """Every photo, and its place below the output, without suffix. What lies in an output inside an input is a result
+    of an earlier run."""
+    results = output.resolve()
     found: list[tuple[Path, Path]] = []
     for given in inputs:
         if given.is_dir():
             below = Path() if len(inputs) == 1 else Path(given.resolve().name)
             photos = sorted(p for p in given.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             photos = [p for p in photos if not any(part.startswith(".") for part in p.relative_to(given).parts)]
+            if results != given.resolve():
+                photos = [p for p in photos if results not in p.resolve().parents]
             if not photos:
                 raise UserError(f"{given}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))})")
             found += [(photo, (below / photo.relative_to(given)).with_suffix("")) for photo in photos]
@@ -225,7 +230,7 @@ def _plan(
                 jobs.append(Job(source, settings, device, 1, whole=target))
             continue
         try:
-            height, width = _size(source)
+            height, width = image_size(source)
         except UserError as error:
             failures.append(str(error))
             continue
@@ -238,7 +243,7 @@ def _plan(
             for x in range(0, width - size + 1, stride):
                 name = f"{place}_y{y:05d}_x{x:05d}.png"
                 clean, smooth = output / "clean" / name, output / "smooth" / name
-                if smooth.exists():
+                if smooth.exists() and clean.exists():
                     done += 1
                 else:
                     missing.append((y, x, clean, smooth))
@@ -250,29 +255,25 @@ def _plan(
     return jobs, done
 
 
-def _size(source: Path) -> tuple[int, int]:
-    """(height, width) as `read_image` will give it, from the header."""
-    try:
-        with Image.open(source) as image:
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{source}: not a readable picture ({error})") from error
-
-
-def _claim(output: Path, settings: dict[str, Any]) -> None:
-    """Results of other settings must not mix: the first run leaves its own in the folder, later ones compare."""
+def _claim(output: Path, settings: dict[str, Any], done: int) -> None:
+    """Results of other settings must not mix: the first run leaves its own in the folder, later ones compare. `done`
+    results are there already."""
     path = output / SETTINGS_FILE
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not readable ({error}); remove the folder or choose another one") from error
-        if before != settings:
-            raise UserError(f"{output}: holds results of other settings ({path.name}); choose another folder")
+    if not path.exists():
+        if done:
+            raise UserError(
+                f"{output}: holds {done} pictures under the names of results, and no {path.name} that says they are "
+                f"ours; choose another folder"
+            )
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
         return
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable ({error}); remove the folder or choose another one") from error
+    if before != settings:
+        raise UserError(f"{output}: holds results of other settings ({path.name}); choose another folder")
 
 
 class Leftovers:
@@ -296,16 +297,20 @@ def _write(path: Path, rgb: np.ndarray) -> None:
         Image.fromarray(rgb).save(temporary, compress_level=1)
 
 
-def _device(name: str) -> str:
+def _device(name: str, settings: dict[str, Any]) -> str:
     if name == "cpu":
         return name
-    from dtpm_fast.smoothing import cuda_unavailable  # imports torch, which takes seconds
+    from dtpm_fast.smoothing import CUDA_LARGEST_SIGMA, cuda_unavailable  # imports torch, which takes seconds
 
+    if name != "auto" and not name.startswith("cuda"):
+        raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:N")
     reason = cuda_unavailable()
+    if settings["mode"] != "exact":
+        reason = reason or f"--mode {settings['mode']} is for the CPU"
+    if settings["sigma"] > CUDA_LARGEST_SIGMA:
+        reason = reason or f"--sigma above {CUDA_LARGEST_SIGMA:g} is for the CPU"
     if name == "auto":
         return "cpu" if reason else "cuda"
-    if not name.startswith("cuda"):
-        raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:N")
     if reason:
         raise UserError(f"--device {name}: {reason}; use --device cpu")
     return name

@@ -101,6 +101,52 @@ def test_settings_do_not_mix(photos: Path, tmp_path: Path, capsys: pytest.Captur
     assert json.loads((out / "dtpm-smooth.json").read_text())["lam"] == 0.01
 
 
+def test_an_output_inside_the_input_is_not_smoothed_again(photos: Path) -> None:
+    out = photos / "smooth"
+    for _ in range(2):
+        assert main([str(photos), "-o", str(out)]) == 0
+        assert sorted(contents(out)) == ["deep/two.png", "dtpm-smooth.json", "one.png"]
+
+
+def test_a_lost_clean_crop_is_made_again(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main([str(photos), "-o", str(out), "--crop", "16"]) == 0
+    before = contents(out)
+    next((out / "clean").glob("*.png")).unlink()
+    assert main([str(photos), "-o", str(out), "--crop", "16", "--stride", "16"]) == 0  # the default, said
+    assert contents(out) == before
+
+
+def test_pictures_that_are_no_results_are_not_taken_for_some(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_photo(tmp_path / "out" / "one.png", 3, 3, 0)
+    assert main([str(photos), "-o", str(tmp_path / "out")]) == 1
+    assert "holds 1 pictures under the names of results" in capsys.readouterr().err
+    assert sorted(contents(tmp_path / "out")) == ["one.png"]
+
+
+def test_a_start_that_failed_claims_no_folder(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main([str(tmp_path / "typo"), "-o", str(out), "--sigma", "5"]) == 1
+    assert main([str(photos), "-o", str(out)]) == 0
+
+
+@pytest.mark.parametrize("options", [["--mode", "matlab_pcg"], ["--sigma", "26"]])
+def test_auto_takes_the_cpu_for_what_a_gpu_cannot(
+    options: list[str],
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("dtpm_fast.smoothing.cuda_unavailable", lambda: None)
+    assert main([str(photos), "-o", str(tmp_path / "out"), *options]) == 0
+    assert "smoothing on cpu" in capsys.readouterr().err
+    assert main([str(photos), "-o", str(tmp_path / "other"), "--device", "cuda", *options]) == 1
+    assert "is for the CPU; use --device cpu" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
