@@ -4,6 +4,7 @@ import argparse
 import csv
 import hashlib
 import json
+import os
 import platform
 import shlex
 import sys
@@ -99,6 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = getattr(options, flag)
         if path is not None and path.is_dir():
             parser.error(f"--{flag} {path}: is a folder, give a file name")
+        folder = next(p for p in path.absolute().parents if p.exists()) if path is not None else Path()
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            parser.error(f"--{flag} {path}: cannot be written, {folder} is no folder that you may write in")
     command = shlex.join(["dtpm-evaluate", *(sys.argv[1:] if arguments is None else arguments)])
     return run(lambda: _evaluate(options, command))
 
@@ -186,6 +190,8 @@ def _measure(options: argparse.Namespace, command: str, found: "Pairs", world: "
         "fid_patches": fid.patches if fid else 0,
         "mean": means,
     }
+    print(table)
+    print(f"- Weights {weights.path.name}, {facts['device']}, {facts['date'][:10]}: `{command}`", flush=True)
     if options.json:
         per_image = [{"name": r.name, "width": r.width, "height": r.height, "figures": r.figures} for r in rows]
         _write_text(options.json, json.dumps({**facts, "per_image": per_image}, indent=1, allow_nan=False) + "\n")
@@ -195,8 +201,6 @@ def _measure(options: argparse.Namespace, command: str, found: "Pairs", world: "
         _write_curve(options, means, protocol.headline)
     if options.report:
         _write_report(options, kept, len(rows), facts, means)
-    print(table)
-    print(f"- Weights {weights.path.name}, {facts['device']}, {facts['date'][:10]}: `{command}`")
     return 0
 
 

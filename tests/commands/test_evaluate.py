@@ -274,6 +274,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
         ["--report-images", "0"],
         ["--protocol", "psnry"],
         ["--json", "."],
+        ["--json", f"{__file__}/figures.json"],
         ["--curve", "c.svg"],
     ],
 )
