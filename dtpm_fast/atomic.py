@@ -38,11 +38,16 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
         yield folder
 
 
+def _short(name: str) -> str:
+    """Names may have 255 bytes, and the temporary one has more than its target."""
+    return name.encode(errors="surrogateescape")[:200].decode(errors="ignore")
+
+
 @contextmanager
 def _replacing(target: Path, make: Callable[[Path, str], Path], mode: int) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = make(target.parent, f".{target.name}.")
+        temporary = make(target.parent, f".{_short(target.name)}.")
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error}); choose another folder") from error
     try:

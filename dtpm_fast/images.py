@@ -1,11 +1,12 @@
 """Reading and writing of photos: every format that Pillow knows, in 8 bits, with a clear error for a broken file."""
 
+import io
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 from dtpm_fast.atomic import atomic_path
 from dtpm_fast.errors import UserError
@@ -23,8 +24,8 @@ _BROKEN = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.Deco
 
 def read_image(path: Path | str) -> np.ndarray:
     """HxWx3 uint8 RGB of any picture: grey, palette and 16-bit ones are converted, EXIF orientation is applied, an
-    alpha channel is composed over white. Raises `UserError` naming the file when it is missing, truncated or no
-    picture."""
+    alpha channel is composed over white, colours of another profile are converted to sRGB. Raises `UserError` naming
+    the file when it is missing, truncated or no picture."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -72,7 +73,21 @@ def to_rgb8(image: Image.Image) -> np.ndarray:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+    return np.array(_in_srgb(image).convert("RGB"))
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """The picture's colours in sRGB, where it brings a profile of other ones, as phones' Display P3."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode != "RGB":
+        return image
+    try:
+        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(given):
+            return image
+        return ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB") or image
+    except (ImageCms.PyCMSError, OSError):  # a profile that is none
+        return image
 
 
 def write_image(path: Path | str, rgb: np.ndarray) -> None:
@@ -88,7 +103,10 @@ def write_image(path: Path | str, rgb: np.ndarray) -> None:
     elif suffix == ".webp":
         options = {"lossless": True}
     with atomic_path(path) as temporary:
-        Image.fromarray(rgb).save(temporary, **options)
+        try:
+            Image.fromarray(rgb).save(temporary, **options)
+        except ValueError as error:
+            raise UserError(f"{path}: cannot be stored as {suffix} ({error}); use .png") from error
 
 
 def list_images(folder: Path | str) -> list[Path]:
@@ -96,7 +114,9 @@ def list_images(folder: Path | str) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    found = sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and not p.is_dir()
+    )
     if not found:
         raise UserError(f"{folder}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))})")
     return found

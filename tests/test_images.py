@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from dtpm_fast.errors import UserError
 from dtpm_fast.images import image_size, list_images, read_image, write_image
@@ -99,6 +99,17 @@ def test_odd_exif_does_not_matter(tmp_path, rgb):
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turn + resolution + bytes(4)
     Image.fromarray(rgb).save(tmp_path / "odd.jpg", exif=exif)
     assert read_image(tmp_path / "odd.jpg").shape == (13, 9, 3)
+
+
+def test_colours_of_another_profile_become_srgb(tmp_path, rgb):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace("sRGB".encode("utf-16-be"), "sBGR".encode("utf-16-be"))  # its description
+    swapped = swapped.replace(b"rXYZ", b"_XYZ", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"_XYZ", b"bXYZ", 1)
+    for name, profile in (("srgb", srgb), ("swapped", swapped), ("none", b"no profile")):
+        Image.fromarray(rgb).save(tmp_path / f"{name}.png", icc_profile=profile)
+    assert np.array_equal(read_image(tmp_path / "srgb.png"), rgb)
+    assert np.array_equal(read_image(tmp_path / "none.png"), rgb)
+    assert np.abs(read_image(tmp_path / "swapped.png").astype(int) - rgb[..., ::-1]).max() <= 2
 
 
 @pytest.mark.parametrize("top", [1, 255, 65535])
