@@ -125,21 +125,27 @@ def _work(args: argparse.Namespace) -> int:
     until = time.monotonic() + 60 * args.minutes
     rows: list[Row] = []
     if args.resume and args.json.exists():
-        rows = [row for row in json.loads(args.json.read_text(encoding="utf-8"))["rows"] if not _failed(row)]
+        rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"]
     timer = Timer(args.device)
     about = _about(args, timer)
     known = {_key(row) for row in rows}
     left_out: list[str] = []
-    for dtype, channels, operation in itertools.product(args.dtypes, args.channels, args.operations):
-        for direction in OPERATIONS[operation].moved:
-            if (operation, channels, dtype, direction) in known:
-                continue
-            if time.monotonic() > until:
-                left_out.append(f"{operation} {direction} C={channels} {dtype}")
-                continue
-            rows.append(measure(operation, channels, dtype, direction, args, timer, about["copy_GB_per_s"]))
-            print(_line(rows[-1]), flush=True)
-            _write(args.json, about, rows, left_out)
+    wanted = [
+        (operation, channels, dtype, direction)
+        for dtype, channels, operation in itertools.product(args.dtypes, args.channels, args.operations)
+        for direction in OPERATIONS[operation].moved
+    ]
+    failed = [_key(row) for row in rows if _failed(row)]
+    # What failed before comes last: it may fail again, and long.
+    for key in [*(key for key in wanted if key not in known), *(key for key in wanted if key in failed)]:
+        operation, channels, dtype, direction = key
+        if time.monotonic() > until:
+            left_out.append(f"{operation} {direction} C={channels} {dtype}")
+            continue
+        rows = [row for row in rows if _key(row) != key]
+        rows.append(measure(operation, channels, dtype, direction, args, timer, about["copy_GB_per_s"]))
+        print(_line(rows[-1]), flush=True)
+        _write(args.json, about, rows, left_out)
     if left_out:
         print(f"out of time: {len(left_out)} rows left out, --resume measures them", file=sys.stderr)
     _write(args.json, about, rows, left_out)
@@ -229,6 +235,7 @@ def step_of(
 
 def _compiled(function: Callable[..., Tensor], mode: str) -> Callable[..., Tensor]:
     """For one shape. The compiler's own cache on disk serves an operation's three directions."""
+    torch._functorch.config.donated_buffer = False  # "backward" runs one forward's backward many times
     return torch.compile(lambda *inputs: function(*inputs), mode=mode, dynamic=False)
 
 

@@ -56,7 +56,7 @@ def gate_backward(
     if frozen:
         return (out,)
     total = add_partials(sums).sum(0)
-    return out, total[:9].t().reshape(weight.shape), total[9].clone()
+    return out, total[:9].t().contiguous().reshape(weight.shape), total[9].clone()
 
 
 def dwconv_backward(grad: torch.Tensor, weight: torch.Tensor, options: Options) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dtpm_fast.model.block import DenoisingBlock, use_kernels
+from dtpm_fast.model.block import Block, DenoisingBlock, use_kernels
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.training.precision import Precision
 
@@ -27,7 +27,7 @@ def choose_kernels(name: str, model: DTPM, precision: Precision) -> tuple[bool, 
 def checked_kernels(model: DTPM, precision: Precision) -> tuple[bool, str]:
     """The fused kernels, if a random block of each width that the model has agrees with the plain block."""
     worst = 0.0
-    for channels in sorted({block.conv1.in_channels for block in model.modules() if isinstance(block, DenoisingBlock)}):
+    for channels in sorted({block.conv1.in_channels for block in model.modules() if isinstance(block, Block)}):
         try:
             fused, plain = block_errors(channels, precision)
         except Exception as error:  # whatever a compiler or a driver raises: the run goes on without
@@ -59,7 +59,8 @@ def block_errors(channels: int, precision: Precision, side: int = 24) -> tuple[f
             output = block(given, e)
         return [output.detach(), *torch.autograd.grad((output.float() * weight).sum(), [given, *block.parameters()])]
 
-    wanted = run(False, exact=True)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would be the plain block's error as well
+        wanted = run(False, exact=True)
     fused, plain = (
         max(float((a.float() - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(found, wanted, strict=True))
         for found in (run(True), run(False))

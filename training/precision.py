@@ -15,7 +15,8 @@ class Precision:
 
     def __init__(self, name: str, device: torch.device) -> None:
         if name == "auto":
-            name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+            native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            name = "bfloat16" if native else "float32"
         if name == "float16" and device.type != "cuda":
             raise UserError("precision = 'float16': trains on CUDA only; use bfloat16 or float32 on the CPU")
         self.name, self.device = name, device

@@ -136,6 +136,8 @@ def test_triton_compiles_without_a_graph_break(device: str) -> None:
         lambda *tensors: call(denoising_block, list(tensors)).square().sum(), fullgraph=True, backend="aot_eager"
     )
     expected = torch.autograd.grad(call(denoising_block, inputs).square().sum(), inputs)
+    # What the fake function promises, and Inductor asserts.
+    assert [grad.stride() for grad in expected[5:]] == [weight.stride() for weight in inputs[5:]]
     torch.testing.assert_close(torch.autograd.grad(compiled(*inputs), inputs), expected)
     frozen = [tensor.detach() for tensor in inputs[5:]]
     torch.testing.assert_close(torch.autograd.grad(compiled(*inputs[:5], *frozen), inputs[:5]), expected[:5])
@@ -181,6 +183,14 @@ def test_triton_under_ddp(device: str, tmp_path: Path) -> None:
     finally:
         distributed.destroy_process_group()
     torch.testing.assert_close([parameter.grad for parameter in block.parameters()], [*alone])
+
+
+@pytest.mark.gpu
+def test_triton_under_inductor() -> None:
+    inputs = [tensor.to("cuda").requires_grad_() for tensor in random_inputs(1, 16, 5, 3)]
+    compiled = torch.compile(lambda *tensors: call(denoising_block, list(tensors)).square().sum(), fullgraph=True)
+    expected = torch.autograd.grad(call(denoising_block, inputs).square().sum(), inputs)
+    torch.testing.assert_close(torch.autograd.grad(compiled(*inputs), inputs), expected)
 
 
 @pytest.mark.gpu
