@@ -60,10 +60,10 @@ def stepped(stepper: ExportedStepper) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda image, noise: stepper.restore(image.to(to), noise.to(to))
 
 
-def check(found: Difference, precision: str, what: str = "the exported graph") -> None:
+def check(found: Difference, precision: str, what: str = "the exported graph", so: str = "nothing was written") -> None:
     """Raises `UserError` when the difference is above the bound of the precision."""
     if not found.psnr_db >= BOUND_DB[precision]:
         raise UserError(
             f"{what} differs from the model: {str(found).strip()}, below the {BOUND_DB[precision]:.0f} dB "
-            f"that {precision} must reach; nothing was written"
+            f"that {precision} must reach; {so}"
         )

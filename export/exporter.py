@@ -133,7 +133,7 @@ def verify(folder: Path, manifest: Manifest, weights: Weights, stepper: Exported
         if "restore" in manifest.graphs:
             found.append(difference(whole(folder, manifest), reference, batch, h * m, w * m, seed=h))
     for one in found:
-        check(one, manifest.precision)
+        check(one, manifest.precision, so=f"do not use {folder}")
     return found
 
 

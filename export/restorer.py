@@ -11,6 +11,7 @@ from dtpm_fast.export.compare import ExportedStepper
 from dtpm_fast.export.manifest import PRECISIONS, Manifest, read_manifest
 from dtpm_fast.export.ort import OrtStepper
 from dtpm_fast.export.tensorrt_stepper import TensorRTStepper
+from dtpm_fast.runtime.noise import check_seed
 from dtpm_fast.runtime.restorer import Restorer, logger
 from dtpm_fast.tasks import check_task, check_trained_for
 
@@ -60,7 +61,7 @@ class ExportedRestorer(Restorer):
                 raise UserError(f"{folder}: was exported with {name} {has}, not {asked}; leave it out, or export again")
         if isinstance(tile, int):
             raise UserError(f"tile {tile}: an exported graph does not tile; restore from the weights instead")
-        self.seed, self.tile, self.multiple, self.steps = seed, tile, manifest.multiple, manifest.steps
+        self.seed, self.tile, self.multiple, self.steps = check_seed(seed), tile, manifest.multiple, manifest.steps
         self.backend, self.device, why = open_stepper(folder, manifest, device, threads)
         self._running = folder, 0, manifest.task
         what = f"export {folder} ({manifest.task}, {manifest.preset}, from {manifest.weights['file']})"

@@ -33,8 +33,8 @@ class Captured:
 class Graph:
     """A plan whose `restore` replays a graph; one is captured for every shape of y_d.
 
-    `plan.swap` changes the weights in place, and the graphs replay with the new ones. `bytes` reports what each shape's
-    graph added to the device's memory. Not for several threads at once.
+    `Restorer.set_task` changes the weights in place, and the graphs replay with the new ones. `bytes` reports what
+    each shape's graph added to the device's memory. Not for several threads at once.
     """
 
     def __init__(self, plan: Plan, device: torch.device, capacity: int = CAPACITY) -> None:
@@ -42,6 +42,7 @@ class Graph:
             raise UserError("backend graph: CUDA graphs need a CUDA device; use --backend fused")
         self.plan, self.steps, self.device, self.capacity = plan, plan.steps, device, capacity
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)  # PyTorch's own for captures lies on the first device that captured
         self.graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
 
     @property
@@ -72,15 +73,14 @@ class Graph:
         torch.cuda.synchronize(self.device)
         before = torch.cuda.memory_reserved(self.device)
         y_d, noise = y_d.clone(memory_format=torch.preserve_format), noise.clone()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
             for _ in range(WARMUPS):
                 restored = self.plan.restore(y_d, noise)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         # "thread_local": what other threads of the program do on the device meanwhile is their own affair.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             restored.copy_(self.plan.restore(y_d, noise))
         torch.cuda.synchronize(self.device)
         return Captured(graph, y_d, noise, restored, torch.cuda.memory_reserved(self.device) - before)

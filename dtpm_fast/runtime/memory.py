@@ -22,8 +22,11 @@ def needed(config: ModelConfig, pixels: int, dtype: torch.dtype, form: str = "fo
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free()
+    """Bytes that are free on the device, those included that PyTorch keeps for the next tensors."""
+    if device.type != "cuda":
+        return _free()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def budget(device: torch.device) -> int:

@@ -3,6 +3,15 @@
 import torch
 from torch import Tensor
 
+from dtpm_fast.errors import UserError
+
+
+def check_seed(seed: int) -> int:
+    """The seed, if PyTorch's generators take it. Raises `UserError`."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise UserError(f"seed {seed}: must be a whole number from -2^63 to 2^64 - 1")
+    return seed
+
 
 def noise_fields(seed: int, height: int, width: int, fields: int = 1) -> Tensor:
     """(fields, 3, height, width) float32, standard normal, drawn on the CPU.

@@ -17,8 +17,8 @@ from dtpm_fast.errors import UserError
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.runtime.backends import choose_backend
 from dtpm_fast.runtime.graph import Graph
-from dtpm_fast.runtime.memory import budget, check_fits, choose_tile
-from dtpm_fast.runtime.noise import noise_fields
+from dtpm_fast.runtime.memory import budget, check_fits, choose_tile, needed
+from dtpm_fast.runtime.noise import check_seed, noise_fields
 from dtpm_fast.runtime.photo import from_network, open_photo, pad_to, round_up, to_network
 from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.reference import Reference
@@ -43,7 +43,7 @@ class Restorer:
         device: "auto", "cpu", "cuda" or "cuda:N".
         backend: "auto", "reference", "fused", "compiled" or "graph" (`choose_backend`).
         seed: of the noise.
-        tile: side of a tile's core in pixels; None never tiles, "auto" does where the memory asks for it.
+        tile: side of a tile's core in pixels; None or "none" never tiles, "auto" does where the memory asks for it.
         precision: "auto", "float32" or "bfloat16", of the network's maps.
         sampler: "ddim", the paper's, or "dpm++2m".
 
@@ -63,7 +63,7 @@ class Restorer:
         sampler: str = "ddim",
     ) -> None:
         self.device, why_device = choose_device(device)
-        self.seed, self.tile = seed, _check_tile(tile)
+        self.seed, self.tile = check_seed(seed), _check_tile(tile)
         self.config = weights.config
         self.steps, self._sampler = make_steps(weights.config, steps, sampler), sampler
         self.model = _load(weights, self.device)
@@ -200,8 +200,21 @@ class Restorer:
             current = torch.cuda.device(self.device)
         with current:
             y_d = to_network(pad_to(batch.to(self.device), tall, wide)).contiguous(memory_format=torch.channels_last)
-            restored = self._with_memory(y_d, noise, what)
+            restored = self._in_parts(y_d, noise, what)
             return from_network(restored[..., :height, :width], batch.dtype)
+
+    def _in_parts(self, y_d: Tensor, noise: Tensor, what: Work) -> Tensor:
+        """As many pictures of the batch at once as the memory holds: they share the noise, and nothing else."""
+        batch, _, height, width = y_d.shape
+        plan = self._plan()
+        if batch == 1 or plan is None or self.tile != "auto":
+            return self._with_memory(y_d, noise, what)
+        one = needed(self.config.model, height * width, plan.dtype, plan.form)
+        at_once = max(1, budget(self.device) // one)
+        if at_once >= batch:
+            return self._with_memory(y_d, noise, what)
+        logger.info("%d pictures of %dx%d: %d at a time, because the memory asks for it", batch, width, height, at_once)
+        return torch.cat([self._with_memory(part, noise, what) for part in y_d.split(at_once)])
 
     def _with_memory(self, y_d: Tensor, noise: Tensor, what: Work) -> Tensor:
         """The whole picture at once, or in tiles, which are halved for as long as the memory runs out."""
@@ -235,7 +248,8 @@ class Restorer:
         if plan.form != "kernels":
             return plan
         if self._folded is None:
-            self._folded = Plan(self.model, self.steps, plan.dtype)
+            with torch.inference_mode(False):  # a picture is under way; set_task writes into these tensors later
+                self._folded = Plan(self.model, self.steps, plan.dtype)
             self._tasks, self._abouts = None, {self._running: self._abouts[self._running]}  # they lack this plan
         return self._folded
 
@@ -253,8 +267,8 @@ def _tensors(model: DTPM, steppers: Sequence[Plan | Reference]) -> dict[str, Ten
 
 
 def _check_tile(tile: int | str | None) -> int | str | None:
-    if tile is None or tile == "auto":
-        return tile
+    if tile is None or tile in ("auto", "none"):
+        return None if tile == "none" else tile
     if not isinstance(tile, int) or tile < SMALLEST:
         raise UserError(f"tile {tile}: use auto, none, or a number of pixels from {SMALLEST} on")
     return tile

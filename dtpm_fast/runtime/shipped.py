@@ -46,6 +46,9 @@ def locate(name: str, task: str) -> Path:
     """The file of weights given by name or path. Raises `UserError` when there is none."""
     check_task(task)
     path = Path(name)
+    found = FOLDER / f"{name}-{task}.safetensors"
+    if path.name == name and found.is_file():  # whatever lies in the working directory; ./name is that
+        return found
     if path.suffix == ".safetensors" or path.name != name or path.exists():
         if path.is_dir():
             what = "a folder that dtpm-export wrote" if is_export(path) else "a folder"
@@ -53,9 +56,6 @@ def locate(name: str, task: str) -> Path:
         if not path.is_file():
             raise UserError(f"{path}: no such weights file")
         return path
-    found = FOLDER / f"{name}-{task}.safetensors"
-    if found.is_file():
-        return found
     what = ", ".join(shipped()) or "no restoring weights"
     raise UserError(
         f"no weights {name!r} for the task {task!r} ship with this package (it ships {what}); give a weights file that "

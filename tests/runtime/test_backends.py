@@ -138,6 +138,25 @@ def test_set_task_gives_what_a_new_restorer_gives(
     np.testing.assert_array_equal(restorer(photo), fresh["desnow"])
 
 
+def test_set_task_after_a_picture_in_tiles(tmp_path: Path, random_weights: Callable[..., Path]) -> None:
+    """Tiles of a GPU's plan have a plan of their own, made while a picture is under way."""
+    files = {
+        task: random_weights(tmp_path / f"{task}.safetensors", task=task, seed=seed)
+        for seed, task in enumerate(("derain", "desnow"))
+    }
+    made = [
+        Restorer.from_pretrained(files[task], task, device="cpu", backend="fused", tile=128)
+        for task in ("derain", "desnow")
+    ]
+    for restorer in made:
+        restorer.backend = Plan(restorer.model, restorer.steps, torch.float32, "kernels")
+    restorer, fresh = made
+    photo = np.random.default_rng(0).integers(0, 256, (20, 28, 3), dtype=np.uint8)
+    restorer(photo)
+    restorer.set_task("desnow", files["desnow"])
+    np.testing.assert_array_equal(restorer(photo), fresh(photo))
+
+
 @pytest.mark.gpu
 def test_the_fused_kernels_keep_their_bound_on_a_gpu(random_model: Callable[..., tuple]) -> None:
     model, config = random_model(semantic_code="compact")

@@ -50,16 +50,18 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     made: list[Recording] = []
 
     @contextmanager
-    def capture(recording: Recording, pool: object, capture_error_mode: str) -> Iterator[None]:
+    def capture(recording: Recording, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
         assert pool == "the pool"
+        assert stream is the_stream
         made.append(recording)
         with recording:
             yield
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    the_stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {
         "graph_pool_handle": lambda: "the pool", "synchronize": lambda device: None,
-        "memory_reserved": lambda device: 0, "Stream": lambda device: stream, "current_stream": lambda device: stream,
+        "memory_reserved": lambda device: 0,
+        "Stream": lambda device: the_stream, "current_stream": lambda device: the_stream,
         "stream": lambda stream: nullcontext(), "CUDAGraph": Recording, "graph": capture,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)

@@ -1,3 +1,4 @@
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from PIL import Image
 from dtpm_fast import Restorer
 from dtpm_fast.diffusion import restore
 from dtpm_fast.errors import UserError
+from dtpm_fast.runtime.memory import needed
 from dtpm_fast.runtime.noise import noise_fields
 from dtpm_fast.runtime.photo import open_photo, pad_to
 from dtpm_fast.runtime.shipped import shipped
@@ -105,6 +107,21 @@ def test_a_batch_gives_what_its_pictures_give(restorer: Restorer) -> None:
     torch.testing.assert_close(together, apart, rtol=0, atol=2e-5)
 
 
+def test_a_batch_that_is_too_large_goes_in_parts(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    restorer = Restorer.from_pretrained(weights, "derain", device="cpu")
+    caplog.set_level(logging.INFO, "dtpm_fast")
+    batch = torch.rand(5, 3, 16, 20)
+    together = restorer(batch)
+    plan = restorer._plan()
+    assert plan is not None
+    two = 2 * needed(restorer.config.model, 16 * 24, plan.dtype, plan.form)
+    monkeypatch.setattr("dtpm_fast.runtime.restorer.budget", lambda device: two)
+    torch.testing.assert_close(restorer(batch), together, rtol=0, atol=2e-5)
+    assert caplog.messages == ["5 pictures of 24x16: 2 at a time, because the memory asks for it"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
@@ -167,6 +184,7 @@ def test_unusable_settings_are_named(weights: Path) -> None:
         ({"steps": 1001}, "steps = 1001"),
         ({"backend": "magic"}, "unknown backend 'magic'"),
         ({"device": "magic"}, "unknown device 'magic'"),
+        ({"seed": 1.5}, "seed 1.5: must be a whole number"),
     ):
         with pytest.raises(UserError, match=message):
             Restorer.from_pretrained(weights, "derain", **settings)
