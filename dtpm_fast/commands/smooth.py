@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mode", choices=MODES, default="exact", help="default: exact")
     parser.add_argument("--crop", type=_positive(int), metavar="SIZE", help="smooth square crops, not whole photos")
     parser.add_argument("--stride", type=_positive(int), metavar="N", help="between crops (default: SIZE)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto, which takes CUDA for --crop only)"
+    )
     parser.add_argument("--workers", type=_positive(int), help="photos at a time (default: one per CPU)")
     parser.add_argument(
         "--cluster",
@@ -84,7 +86,7 @@ class Job:
 def _smooth(options: argparse.Namespace) -> int:
     names = ("lam", "sigma", "sharpness", "iterations", "mode")
     settings = {name: getattr(options, name) for name in names}
-    device = _device(options.device, settings)
+    device = _device(options, settings)
     workers = options.workers or len(os.sched_getaffinity(0))
     failures: list[str] = []
     jobs, done = _plan(_sources(options.inputs, options.output), options, settings, device, failures)
@@ -297,14 +299,19 @@ def _write(path: Path, rgb: np.ndarray) -> None:
         Image.fromarray(rgb).save(temporary, compress_level=1)
 
 
-def _device(name: str, settings: dict[str, Any]) -> str:
-    if name == "cpu":
-        return name
+def _device(options: argparse.Namespace, settings: dict[str, Any]) -> str:
+    """auto: CUDA for crops alone, whose kernels run side by side; a single photo keeps one of a GPU's processors busy,
+    and is faster on a CPU's core. Tasks on a cluster ask for CPUs only."""
+    name: str = options.device
+    if name == "cpu" or (name == "auto" and not options.crop):
+        return "cpu"
     from dtpm_fast.smoothing import CUDA_LARGEST_SIGMA, cuda_unavailable  # imports torch, which takes seconds
 
     if name != "auto" and not name.startswith("cuda"):
         raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:N")
     reason = cuda_unavailable()
+    if options.cluster:
+        reason = reason or "--cluster runs on CPUs"
     if settings["mode"] != "exact":
         reason = reason or f"--mode {settings['mode']} is for the CPU"
     if settings["sigma"] > CUDA_LARGEST_SIGMA:

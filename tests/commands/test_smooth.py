@@ -132,7 +132,7 @@ def test_a_start_that_failed_claims_no_folder(photos: Path, tmp_path: Path) -> N
     assert main([str(photos), "-o", str(out)]) == 0
 
 
-@pytest.mark.parametrize("options", [["--mode", "matlab_pcg"], ["--sigma", "26"]])
+@pytest.mark.parametrize("options", [["--crop", "16", "--mode", "matlab_pcg"], ["--crop", "16", "--sigma", "26"]])
 def test_auto_takes_the_cpu_for_what_a_gpu_cannot(
     options: list[str],
     photos: Path,
