@@ -77,7 +77,7 @@ def write_report(
             + "\n".join(part for part in body if part)
             + f"\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
         )
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # names that are no UTF-8
 
 
 def evenly(total: int, count: int) -> set[int]:

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -70,12 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="a page with sliders to look at the results")
     parser.add_argument("--report-images", type=int, default=12, metavar="N", help="photos in the page (default: 12)")
     options = parser.parse_args(arguments)
-    if options.task is None and not Path(options.weights).is_dir():
+    if options.task is None and not (Path(options.weights) / "manifest.json").is_file():
         parser.error("--task is needed (only a folder that dtpm-export wrote knows its own)")
     if options.report_images < 1:
         parser.error(f"--report-images {options.report_images}: must be at least 1")
     if options.report is not None and options.report.is_dir():
         parser.error(f"--report {options.report}: is a folder, give a file name")
+    if options.report is not None and options.report.suffix.lower() not in (".html", ".htm"):
+        parser.error(f"--report {options.report}: is an HTML page, give a name that ends in .html")
     command = shlex.join(["dtpm-restore", *(sys.argv[1:] if arguments is None else arguments)])
     return run(lambda: _restore(options, command))
 
@@ -173,28 +176,35 @@ def plan_outputs(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]
         jobs.append((inputs[0], output))
     else:
         for given in inputs:
-            if given.is_dir():
+            if given.is_dir():  # what is broken in a folder is named at the end
                 folder = output if len(inputs) == 1 else output / given.resolve().name
                 jobs += [(picture, folder / f"{picture.stem}.png") for picture in list_images(given)]
             else:
                 jobs.append((given, output / f"{given.stem}.png"))
+    for given in inputs:
+        if not given.is_dir() and not given.is_file():
+            raise UserError(f"{given}: no such file or folder")
     _check_jobs(jobs)
     return jobs
 
 
 def _check_jobs(jobs: list[tuple[Path, Path]]) -> None:
+    sources = {source.resolve(): source for source, _ in jobs}
     taken: dict[Path, Path] = {}
     for source, target in jobs:
-        if not source.is_file():
-            raise UserError(f"{source}: no such file or folder")
         for part in target.parents:
             if part.exists() and not part.is_dir():
                 raise UserError(f"{part}: is a file; -o needs a folder for these inputs")
-        if target.resolve() == source.resolve():
-            raise UserError(f"{source}: the result would replace it; choose another output")
-        if target in taken:
-            raise UserError(f"{taken[target]} and {source}: both would be written to {target}; restore them apart")
-        taken[target] = source
+        there = next(part for part in target.absolute().parents if part.exists())
+        if not os.access(there, os.W_OK):
+            raise UserError(f"{target}: cannot be written, {there} is not yours to write in; choose another output")
+        place = target.resolve()
+        if place in sources:
+            result = "the result" if sources[place] == source else f"the result of {source}"
+            raise UserError(f"{sources[place]}: {result} would replace it; choose another output")
+        if place in taken:
+            raise UserError(f"{taken[place]} and {source}: both would be written to {target}; restore them apart")
+        taken[place] = source
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import errno
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from PIL import Image
 
 from dtpm_fast.commands.restore import main, plan_outputs
 from dtpm_fast.errors import UserError
+from dtpm_fast.runtime.shipped import locate
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,7 @@ def test_unusable_arguments_end_before_any_work(tmp_path: Path, weights: str) ->
         ([tmp_path / "z.png"], tmp_path, "the result would replace it"),
         ([picture, tmp_path / "z.png"], tmp_path / "out", "both would be written to"),
         ([picture, tmp_path / "z.png"], picture, "is a file; -o needs a folder"),
+        ([picture, tmp_path], tmp_path, r"z\.png: the result of .*z\.jpg would replace it"),
     ):
         with pytest.raises(UserError, match=message):
             plan_outputs(inputs, output)
@@ -158,6 +161,43 @@ def test_unusable_arguments_end_before_any_work(tmp_path: Path, weights: str) ->
         assert main(given) == 1
     assert not (tmp_path / "out").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "z.jpg", "z.png"]
+
+
+def test_what_is_broken_in_a_folder_is_named_at_the_end(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    (folder / "no picture.png").mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save(folder / "a.png")
+    (folder / "link.png").symlink_to("gone.png")
+    given = [str(folder), "-o", str(tmp_path / "out"), "--task", "derain", "--weights", weights, "--device", "cpu"]
+    assert main(given) == 1
+    assert "link.png: no such file" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
+
+
+def test_a_name_that_is_no_utf8_and_one_of_255_bytes(tmp_path: Path, weights: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.new("RGB", (30, 30)).save(folder / os.fsdecode(b"caf\xe9.png"))
+    Image.new("RGB", (2, 2)).save(folder / ("\u3042" * 83 + "x.png"))
+    page = tmp_path / "page.html"
+    given = [str(folder), "-o", str(tmp_path / "out"), "--task", "derain", "--weights", weights, "--device", "cpu"]
+    assert main([*given, "--report", str(page)]) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert "caf" in page.read_text(encoding="utf-8")
+
+
+def test_shipped_weights_are_found_beside_a_folder_of_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("light").mkdir()
+    assert locate("light", "derain").name == "light-derain.safetensors"
+    with pytest.raises(UserError, match="is a folder"):
+        locate("./light/", "derain")
+    with pytest.raises(SystemExit):
+        main(["a.png", "-o", "b.png"])
 
 
 def test_a_wrong_checkpoint_ends_before_any_work(
@@ -180,6 +220,7 @@ def test_settings_that_cannot_be_had_are_one_line(
         (["--precision", "int4"], "error: unknown precision 'int4'"),
         (["--sampler", "euler"], "error: unknown sampler 'euler'"),
         (["--steps", "0"], "error: steps = 0"),
+        (["--seed", str(2**64)], "error: seed 18446744073709551616: must be a whole number"),
         (["--tile", "3"], "error: tile 3: use auto, none, or a number of pixels from 128 on"),
     ):
         assert main([*given, *more]) == 1
@@ -201,7 +242,8 @@ def test_every_setting_works_together(photos: Path, weights: str, tmp_path: Path
 
 
 def test_bad_usage_is_exit_code_2_and_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["a.png"], ["a.png", "-o", "b.png", "--task", "swim"]):
+    usual = ["a.png", "-o", "b.png", "--task", "derain"]
+    for arguments in ([], ["a.png"], ["a.png", "-o", "b.png", "--task", "swim"], [*usual, "--report", "photo.png"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
