@@ -80,14 +80,13 @@ def read_weights(path: Path | str) -> Weights:
                 raise UserError(f"{path}: not weights of dtpm-fast (no {FORMAT!r} in its header)")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
         config = Config.from_json(metadata["config"])
-        prior = json.loads(metadata.get("prior", "{}"))
+        prior, trained = (dict(json.loads(metadata.get(key, "{}"))) for key in ("prior", "trained"))
         if prior:
             tensors = {**_prior_tensors(path, prior), **tensors}
-        trained = json.loads(metadata.get("trained", "{}"))
         return Weights(path, config, int(metadata["stage"]), metadata["task"], tensors, trained, prior)
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
 
 
@@ -136,6 +135,8 @@ def fill(model: DTPM, weights: Weights) -> None:
     their fresh values. Raises `UserError` naming the first tensor that does not fit."""
     own = model.state_dict()
     for key, value in weights.tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{weights.path}: is damaged: {key} has values that are not finite")
         if key not in own or own[key].shape != value.shape:
             had = "no such tensor" if key not in own else f"shape {tuple(own[key].shape)}"
             raise UserError(

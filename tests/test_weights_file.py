@@ -130,6 +130,20 @@ def test_damaged_and_foreign_files(tmp_path):
         assert str(path) in str(caught.value)
 
 
+def test_values_that_are_no_numbers_and_odd_headers(tmp_path):
+    model, config = make()
+    state = model.state_dict()
+    state["denoiser.intro.weight"][0, 0, 0, 0] = torch.nan
+    save_weights(tmp_path / "w.safetensors", state, config, 2, "derain")
+    with pytest.raises(UserError, match=r"w\.safetensors: is damaged: denoiser\.intro\.weight"):
+        load_model(read_weights(tmp_path / "w.safetensors"))
+    for key in ("prior", "trained"):
+        header = {"format": "dtpm-fast-1", "stage": "2", "task": "derain", "config": config.to_json(), key: "[1]"}
+        save_file({"a": torch.zeros(2)}, tmp_path / "odd.safetensors", header)
+        with pytest.raises(UserError, match=r"odd\.safetensors: not a readable"):
+            read_weights(tmp_path / "odd.safetensors")
+
+
 def test_missing_tensors_are_named(tmp_path):
     model, config = make()
     state = model.state_dict()
