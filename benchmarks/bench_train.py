@@ -29,6 +29,7 @@ from dtpm_fast.commands.run import run as run_command
 from dtpm_fast.config import PRESETS, Config
 from dtpm_fast.device import choose_device
 from dtpm_fast.model.dtpm import DTPM
+from dtpm_fast.training.determinism import determinism
 from dtpm_fast.training.freeze import freeze
 from dtpm_fast.training.loop import Run, Trainer
 
@@ -63,15 +64,15 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> int:
         device, why = choose_device(args.device)
         print(f"{why}; torch {torch.__version__}; batch {args.batch}, crop {args.crop}, {args.precision}")
-        rows = []
-        for preset in args.preset:
-            for stage in args.stage:
+        rows: list[dict[str, Any]] = []
+        record = {"device": why, "machine": platform.processor(), "torch": torch.__version__, "rows": rows}
+        for preset, stage in itertools.product(args.preset, args.stage):
+            with determinism(False):  # as a run trains by default
                 rows += compare(preset, stage, args, device)
-                print_rows(rows[-len(args.forms) :])
-        if args.json is not None:
-            record = {"device": why, "machine": platform.processor(), "torch": torch.__version__, "rows": rows}
-            with atomic_path(args.json) as temporary:
-                temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            print_rows(rows[-len(args.forms) :])
+            if args.json is not None:  # after each one: a later one may not fit the memory
+                with atomic_path(args.json) as temporary:
+                    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         return 0
 
     return run_command(work)
@@ -85,8 +86,12 @@ def compare(preset: str, stage: int, args: argparse.Namespace, device: torch.dev
         if form == "fused" and device.type != "cuda":
             rows[form]["skipped"] = "the fused kernels' speed is a GPU's; no CUDA device here"
             continue
-        step = training_step(preset, stage, form, args, device)
-        step()  # compiles, allocates the optimiser's state
+        try:
+            step = training_step(preset, stage, form, args, device)
+            step()  # compiles, allocates the optimiser's state
+        except Exception as error:  # of a compiler, or out of memory: the other forms are still worth their time
+            rows[form]["skipped"] = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+            continue
         rows[form]["memory_mib"] = step_memory(step, device) / 2**20
         steps[form] = step
     times: dict[str, list[float]] = {form: [] for form in steps}

@@ -81,8 +81,8 @@ class Trainer:
         self.run, settings = run, run.config.train
         self.precision = Precision(settings.precision, run.device)
         self.model = run.model.to(run.device).to(memory_format=torch.channels_last).train()
-        fused, why = choose_kernels(settings.kernels, self.model, self.precision)
-        use_kernels(self.model, run.world.all(fused, run.device))
+        fused, why = run.world.agreed(choose_kernels(settings.kernels, self.model, self.precision))
+        use_kernels(self.model, fused)
         run.world.say(f"kernels: {why}")
         if settings.activation_checkpointing:
             recompute_blocks(self.model)
@@ -185,7 +185,8 @@ class Trainer:
         compiled, why = choose_compile(
             run.config.train.compile, plain, lambda: list(self._on_device(batch())), self.precision
         )
-        self.objective = compiled if run.world.all(compiled is not plain, run.device) else plain
+        on, why = run.world.agreed((compiled is not plain, why))
+        self.objective = compiled if on else plain
         run.world.say(f"compile: {why}")
         if run.world.size > 1:
             devices = [run.device] if run.device.type == "cuda" else None

@@ -81,9 +81,9 @@ class World:
             dist.all_reduce(value)
         return value.item() / self.size
 
-    def all(self, value: bool, device: torch.device) -> bool:
-        """Whether it is true in every process; all of them must call it."""
-        return self.mean(torch.tensor(float(value), device=device)) == 1
+    def agreed(self, choice: tuple[bool, str]) -> tuple[bool, str]:
+        """A choice and why, if every process chose it, else the first one's refusal; all of them must call it."""
+        return next((each for each in self.gathered(choice) if not each[0]), choice)
 
     def from_rank_0(self, value: Any) -> Any:
         """Rank 0's value in every process; all of them must call it."""
