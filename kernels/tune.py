@@ -37,6 +37,7 @@ from dtpm_fast.kernels.traffic import block_inputs
 CHANNELS = (32, 64, 128, 256, 512)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 BATCH = 8
+PATIENCE = 120  # seconds for a job that helpers compile ahead
 EPS = 1e-6
 
 _TILES = [
@@ -109,7 +110,12 @@ def tune(jobs: list[Job], found: Table, ready: Callable[[Job], Any], keep: Calla
             progress.set_postfix_str(f"{job.kernel} C={job.channels} {job.bits} bits")
             ready(job)
             step = _steps(job.channels, DTYPES[job.bits])[job.kernel]
-            timed = [(ms, options) for options in candidates(job) if (ms := _time(job.kernel, options, step))]
+            tried = candidates(job)
+            timed = [(ms, options) for options in tried if (ms := _time(job.kernel, options, step))]
+            if len(timed) < len(tried):
+                progress.write(
+                    f"{job.kernel} C={job.channels}: {len(tried) - len(timed)} of {len(tried)} tiles do not fit"
+                )
             if job.kernel not in ALWAYS:
                 timed.append((_time(job.kernel, None, step) or float("inf"), {}))
             if not timed:
@@ -214,9 +220,18 @@ def _work(arguments: argparse.Namespace) -> int:
         compiled = {job: pool.apply_async(_compile, (job,)) for job in jobs}
 
         def ready(job: Job) -> None:
-            compiled[job].wait(max(0.0, until - time.monotonic()))
+            compiled[job].wait(min(PATIENCE, max(0.0, until - time.monotonic())))
             if time.monotonic() >= until:
                 raise TimeoutError
+            if not compiled[job].ready():  # a process that crashed never says so
+                tqdm.write(f"{job.kernel} C={job.channels}: compiling ahead gave nothing in {PATIENCE} s; goes on here")
+            elif not compiled[job].successful():
+                try:
+                    compiled[job].get()
+                except Exception as error:  # whatever the helper met; the measurement itself will meet it again
+                    tqdm.write(
+                        f"{job.kernel} C={job.channels}: compiling ahead failed ({type(error).__name__}: {error})"
+                    )
 
         try:
             tune(jobs, found, ready, keep)
