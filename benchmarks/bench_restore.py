@@ -15,6 +15,7 @@ restoration of pictures that are on the device already: predictor, semantic code
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import platform
@@ -112,41 +113,50 @@ def _run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     config, model = _model(options)
     rows = options.rows or (CUDA_ROWS if device.type == "cuda" else CPU_ROWS)
-    results = []
-    for steps in options.steps:
-        for height, width in options.size:
-            results += _measure(model, config, rows, device, options, steps, height, width)
+    results: list[dict[str, Any]] = []
+    left_out: list[str] = []
     record = {
         "what": "restore", "date": date.today().isoformat(), "device": why, "machine": _machine(device),
         "torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
-        "preset": config.model.preset, "rounds": options.rounds, "results": results,
+        "preset": config.model.preset, "rounds": options.rounds, "results": results, "left_out": left_out,
     }  # fmt: skip
+    for steps, (height, width) in itertools.product(options.steps, options.size):
+        results += _measure(model, config, rows, device, options, steps, height, width, left_out)
+        if options.output:  # after each one: a later one may not fit the memory
+            with atomic_path(options.output) as temporary:
+                temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(_markdown([record]))
-    if options.output:
-        with atomic_path(options.output) as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
     return 0
 
 
 @torch.inference_mode()
 def _measure(
     model: DTPM, config: Config, rows: list[str], device: torch.device, options: argparse.Namespace,
-    steps: int, height: int, width: int,
+    steps: int, height: int, width: int, left_out: list[str],
 ) -> list[dict[str, Any]]:  # fmt: skip
+    """Every row's times, side by side; one that fails adds a line to `left_out`."""
     multiple = model.multiple
     tall, wide = (-(-side // multiple) * multiple for side in (height, width))
     y_d = torch.rand(options.batch, 3, tall, wide, generator=torch.Generator().manual_seed(0)) * 2 - 1
     noise = noise_fields(0, tall, wide)
     runs = {name: _row(name, model, config, steps, device) for name in rows}
-    times: dict[str, list[float]] = {name: [] for name in rows}
+    times: dict[str, list[float]] = {}
     warm, exact, psnrs, peaks = {}, None, {}, {}
     y_d, noise = y_d.to(device), noise.to(device)
-    for name, call in runs.items():
+    for name, call in list(runs.items()):
         start = time.perf_counter()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        output = call(y_d, noise)
-        _synchronize(device)
+        try:
+            output = call(y_d, noise)
+            _synchronize(device)
+        except Exception as error:  # of a compiler, or out of memory: the other rows are still worth their time
+            why = next(iter(str(error).strip().splitlines()), "")
+            left_out.append(f"{name} at {height}x{width}, {steps} steps: {type(error).__name__}: {why}")
+            del runs[name]
+            continue
         warm[name] = time.perf_counter() - start
         peaks[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         exact = output if exact is None else exact
@@ -156,7 +166,10 @@ def _measure(
             start = time.perf_counter()
             call(y_d, noise)
             _synchronize(device)
-            times[name].append(time.perf_counter() - start)
+            times.setdefault(name, []).append(time.perf_counter() - start)
+    rows = list(runs)
+    if not rows:
+        return []
     base = statistics.median(times[rows[0]])
     return [
         {

@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from google.protobuf.message import DecodeError
 from onnx import TensorProto
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -265,7 +266,7 @@ def _classes(fake: Fake) -> list[type]:
         def parse(self, model: bytes, path: str | None = None) -> bool:
             try:
                 loaded = onnx.load_from_string(model)
-            except Exception:
+            except DecodeError:
                 self._errors.append(ParserError("Failed to parse the model.\nsecond line"))
                 return False
             foreign = [node for node in loaded.graph.node if node.op_type == "Det"]
