@@ -39,19 +39,31 @@ Draw = Callable[[], tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]]
 def assert_as_exact_as_eager(dtype: torch.dtype) -> Callable[[Draw, Sequence[str]], None]:
     """error(ours) ≤ 1.5 · error(eager PyTorch in the same dtype), both in the 2-norm against the float64 oracle.
 
-    `draw` computes all three from fresh inputs. In float32, where both errors are a few roundings and a short vector's
-    error is mostly luck, they are taken over four draws together.
+    `draw` computes all three from fresh inputs. A short vector's error is mostly luck (in float32, where it is a few
+    roundings, more so): one draw in some thousand has 1.5 times eager's error although over many draws ours is the
+    smaller. So float32 is judged over four draws together, and what fails over four times as many together.
     """
 
     def check(draw: Draw, names: Sequence[str]) -> None:
         draws = [draw() for _ in range(4 if dtype == torch.float32 else 1)]
-        for place, name in enumerate(names):
-            ours, eager, exact = ([draw[kind][place].detach().cpu() for draw in draws] for kind in range(3))
-            assert [(t.shape, t.dtype) for t in ours] == [(t.shape, t.dtype) for t in eager], name
-            error, allowed = relative_error(ours, exact), 1.5 * relative_error(eager, exact)
-            assert error <= allowed, f"{name}: relative error {error:.3g}, allowed {allowed:.3g}"
+        if too_far(draws, names):
+            draws += [draw() for _ in range(3 * len(draws))]
+        failures = too_far(draws, names)
+        assert not failures, "\n".join(failures)
 
     return check
+
+
+def too_far(draws: Sequence[Sequence[Sequence[Tensor]]], names: Sequence[str]) -> list[str]:
+    """Which of the named results are further from the oracle than 1.5 times eager's, all draws taken together."""
+    failures = []
+    for place, name in enumerate(names):
+        ours, eager, exact = ([draw[kind][place].detach().cpu() for draw in draws] for kind in range(3))
+        assert [(t.shape, t.dtype) for t in ours] == [(t.shape, t.dtype) for t in eager], name
+        error, allowed = relative_error(ours, exact), 1.5 * relative_error(eager, exact)
+        if not error <= allowed:
+            failures.append(f"{name}: relative error {error:.3g}, allowed {allowed:.3g}, {len(draws)} draws")
+    return failures
 
 
 def relative_error(values: Sequence[Tensor], truths: Sequence[Tensor]) -> float:
