@@ -6,6 +6,7 @@ A `Config` has three groups whose field names are distinct, so that a TOML file 
 
 import dataclasses
 import json
+import math
 import sys
 import typing
 from collections.abc import Iterable, Mapping
@@ -220,6 +221,8 @@ def _converted(key: str, value: Any, annotation: Any) -> Any:
             return tuple(value)
         raise UserError(f"{key} = {value!r}: expected a list of positive whole numbers, as in [1, 1, 2, 4]")
     if annotation is float and type(value) in (int, float):
+        if not math.isfinite(value):
+            raise UserError(f"{key} = {value}: must be finite")
         return float(value)
     if type(value) is annotation:
         return value
@@ -240,7 +243,7 @@ def _check(config: Config) -> None:
     not_negative = {
         "workers": train.workers, "clip_grad": train.clip_grad, "predictor_loss": train.predictor_loss,
         "lr_min": train.lr_min, "warmup": train.warmup, "validation_images": train.validation_images,
-        "seed": train.seed,
+        "seed": train.seed, "strength": train.strength,
     }  # fmt: skip
     for name, value in at_least_one.items():
         if value < 1:

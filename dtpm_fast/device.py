@@ -27,3 +27,9 @@ def choose_device(name: str = "auto") -> tuple[torch.device, str]:
     if device.type != "cpu":
         raise UserError(f"device {name}: only cpu and cuda are supported")
     return device, "cpu: as asked"
+
+
+def free_cuda_memory(device: torch.device) -> int:
+    """Bytes that are free on a CUDA device, those included that PyTorch keeps for the next tensors."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept

@@ -30,6 +30,7 @@ LOWEST, HIGHEST = -1.0, 2.0  # resampling overshoots [0, 1]; a picture in 0..255
 DIRECT_BYTES = 2**31  # of the direct solver's band
 CUDA_WORKSPACE_BYTES = 2**33  # at most; larger batches go through in parts
 SMALL_PICTURE = 128 * 128  # pixels
+LARGEST_SIGMA = 1000.0  # no photo has texture of that scale, and the filter has five times as many taps
 CUDA_LARGEST_SIGMA = 25.0  # the kernel's room for the Gaussian's taps
 
 
@@ -60,8 +61,9 @@ def rtv_smooth(
     image: HW, HWC or NHWC with 1 or 3 channels (three dimensions are always HWC), a numpy array or a torch tensor;
         uint8 or uint16 over their full range, or float32 or float64 in [0, 1]. Any strides; read-only is fine. float64
         is computed in float64, everything else in float32.
-    lam: strength of the smoothing, >= 0 (0 returns the picture). sigma: largest texture scale in pixels, > 0, halved
-        in every iteration. sharpness: smallest mean gradient that counts, > 0. iterations: solves, >= 1.
+    lam: strength of the smoothing, >= 0 (0 returns the picture). sigma: largest texture scale in pixels, > 0 and at
+        most 1000, halved in every iteration. sharpness: smallest mean gradient that counts, > 0. iterations: solves,
+        >= 1.
     solver: "mic", or "direct", a float64 elimination to check it with on small pictures.
     mode: "exact" solves each system to `tol`; "matlab_pcg" stops where the authors' MATLAB program does (relative
         residual 0.1 from a zero start, `tol` unused), which differs from exact by up to 16 to 34/255.
@@ -173,6 +175,7 @@ def _smooth_cuda(
     if reason:
         raise RuntimeError(f"rtv_smooth on {device}: {reason}")
     from dtpm_fast import _rtv_cuda
+    from dtpm_fast.device import free_cuda_memory
 
     tops = {torch.uint8: 255, torch.uint16: 65535, torch.float32: 1, torch.float64: 1}
     if image.dtype not in tops:
@@ -198,7 +201,7 @@ def _smooth_cuda(
     if each >= 2**31:  # the kernel counts in 32 bits; a picture of a few columns has a wide margin
         raise ValueError(f"image has shape {tuple(image.shape)}: too large for CUDA; use device='cpu'")
     with torch.cuda.device(batch.device):
-        room = min(CUDA_WORKSPACE_BYTES, torch.cuda.mem_get_info()[0] // 2) // (each * real.itemsize)
+        room = min(CUDA_WORKSPACE_BYTES, free_cuda_memory(batch.device) // 2) // (each * real.itemsize)
         part = max(1, min(count, room))
         workspace = torch.empty(part * each, dtype=real, device=batch.device)
         reports = torch.empty((count, iterations, 2), dtype=torch.int32, device=batch.device)
@@ -277,7 +280,7 @@ def _check_parameters(
 ) -> None:
     for name, value, valid, wanted in (
         ("lam", lam, lam >= 0, ">= 0"),
-        ("sigma", sigma, sigma > 0, "> 0"),
+        ("sigma", sigma, 0 < sigma <= LARGEST_SIGMA, f"> 0 and at most {LARGEST_SIGMA:g}"),
         ("sharpness", sharpness, sharpness > 0, "> 0"),
         ("iterations", iterations, iterations >= 1, ">= 1"),
         ("tol", tol, tol > 0, "> 0"),

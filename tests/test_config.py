@@ -35,7 +35,8 @@ def test_weights_outlive_settings_of_training():
     ("setting", "message"),
     [
         ("steps", "key=value"), ("stpes=3", "unknown setting 'stpes'"), ("steps=0", "at least 1"),
-        ("lr=-1", "greater than 0"),
+        ("lr=-1", "greater than 0"), ("lr=inf", "must be finite"), ("clip_grad=nan", "must be finite"),
+        ("strength=-1", "must not be negative"),
         ("preset=huge", "choose one of tiny, light, base"), ("loss=l3", "choose one of l1, l2"),
         ("steps=many", "expected int"),
         ("steps=1.5", "expected int"), ("encoder_blocks=3", "list of positive whole numbers"),

@@ -269,6 +269,7 @@ GOOD = np.zeros((8, 9, 3), np.float32)
         (GOOD, {"lam": float("nan")}, ValueError, "lam=nan"),
         (GOOD, {"sigma": 0.0}, ValueError, "sigma=0.0"),
         (GOOD, {"sigma": -1.0}, ValueError, "sigma=-1.0"),
+        (GOOD, {"sigma": 1001.0}, ValueError, "sigma=1001.0; it must be > 0 and at most 1000"),
         (GOOD, {"sharpness": 0.0}, ValueError, "sharpness=0.0"),
         (GOOD, {"iterations": 0}, ValueError, "iterations=0"),
         (GOOD, {"tol": 0.0}, ValueError, "tol=0.0"),

@@ -11,9 +11,11 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace rtv {
@@ -40,6 +42,7 @@ public:
     bool alone() const { return helpers_.empty(); }
 
     // Calls work(item) for every item in [0, count) and returns when all are done. An item may wait for lower ones.
+    // Throws what an item threw (memory can end in any thread); the others' results are worth nothing then.
     template <class Work>
     void each(int count, const Work& work) {
         if (alone()) {
@@ -52,15 +55,17 @@ public:
         finished_.store(0, std::memory_order_relaxed);
         ticket_.store(std::uint64_t(++round_) << 32 | unsigned(count), std::memory_order_release);
         while (claim()) {}
-        wait_until([&] { return finished_.load(std::memory_order_acquire) == count; });
+        wait([&] { return finished_.load(std::memory_order_acquire) == count; });
+        if (failed_.load(std::memory_order_relaxed)) {
+            failed_.store(false, std::memory_order_relaxed);
+            std::rethrow_exception(std::exchange(error_, nullptr));
+        }
     }
 
-    // For conditions that another thread brings about in the midst of an item.
+    // For conditions that another thread brings about in the midst of an item. Returns too when one has thrown.
     template <class Condition>
     void wait_until(Condition condition) {
-        if (spin(condition)) return;
-        stalled_.store(true, std::memory_order_relaxed);
-        while (!condition()) std::this_thread::sleep_for(std::chrono::microseconds(20));
+        wait([&] { return condition() || failed_.load(std::memory_order_relaxed); });
     }
 
 private:
@@ -71,7 +76,8 @@ private:
     std::vector<std::thread> helpers_;
     std::atomic<std::uint64_t> ticket_{0};  // the round, and how many of its items nobody has claimed
     std::atomic<int> finished_{0};
-    std::atomic<bool> stalled_{false}, closed_{false};
+    std::atomic<bool> stalled_{false}, closed_{false}, failed_{false};
+    std::exception_ptr error_;  // the first of a round; written under the mutex, before its item counts as finished
     void (*call_)(const void*, int) = nullptr;  // these three belong to a round, and change only between rounds
     const void* work_ = nullptr;
     int count_ = 0;
@@ -85,7 +91,13 @@ private:
         do {
             if (unsigned(ticket) == 0) return false;
         } while (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acquire));
-        call_(work_, count_ - int(unsigned(ticket)));
+        try {
+            call_(work_, count_ - int(unsigned(ticket)));
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            if (!error_) error_ = std::current_exception();
+            failed_.store(true, std::memory_order_relaxed);
+        }
         finished_.fetch_add(1, std::memory_order_release);
         return true;
     }
@@ -103,6 +115,13 @@ private:
                 sleep(std::chrono::microseconds(50));
             }
         }
+    }
+
+    template <class Condition>
+    void wait(Condition condition) {
+        if (spin(condition)) return;
+        stalled_.store(true, std::memory_order_relaxed);
+        while (!condition()) std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
 
     template <class Duration>

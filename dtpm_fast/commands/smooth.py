@@ -19,7 +19,7 @@ from dtpm_fast.atomic import atomic_path
 from dtpm_fast.commands.run import run
 from dtpm_fast.errors import UserError
 from dtpm_fast.images import SUFFIXES, image_size, read_image
-from dtpm_fast.smoothing import MODES, rtv_smooth
+from dtpm_fast.smoothing import LARGEST_SIGMA, MODES, rtv_smooth
 
 EXAMPLE = """examples:
   dtpm-smooth photos/ -o smooth/
@@ -44,7 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="a photo, or a folder of photos")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="folder for the results")
     parser.add_argument("--lam", type=_positive(float, zero=True), default=0.01, help="strength (default: 0.01)")
-    parser.add_argument("--sigma", type=_positive(float), default=3.0, help="texture scale in pixels (default: 3)")
+    parser.add_argument(
+        "--sigma",
+        type=_positive(float, largest=LARGEST_SIGMA),
+        default=3.0,
+        help="texture scale in pixels (default: 3)",
+    )
     parser.add_argument("--sharpness", type=_positive(float), default=0.02, help="least gradient (default: 0.02)")
     parser.add_argument("--iterations", type=_positive(int), default=4, help="solves (default: 4)")
     parser.add_argument("--mode", choices=MODES, default="exact", help="default: exact")
@@ -323,11 +328,13 @@ def _device(options: argparse.Namespace, settings: dict[str, Any]) -> str:
     return name
 
 
-def _positive(kind: type, zero: bool = False) -> Callable[[str], Any]:
+def _positive(kind: type, zero: bool = False, largest: float = float("inf")) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         value = kind(text)
         if not (value > 0 or (zero and value == 0)) or value == float("inf"):
             raise argparse.ArgumentTypeError(f"{text}: must be {'zero or ' if zero else ''}positive")
+        if value > largest:
+            raise argparse.ArgumentTypeError(f"{text}: must be at most {largest:g}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in its message

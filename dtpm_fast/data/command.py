@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measure.add_argument("--pairs", type=Path, metavar="DIR", help="pairs to compare with")
     measure.add_argument("--split", choices=SPLITS, default="train")
     measure.add_argument("--split-file", type=Path)
-    measure.add_argument("--strength", type=_strength, default=1.0)
+    measure.add_argument("--strength", type=float, default=1.0)
     measure.add_argument(
         "--count", type=_at_least(1), default=100, metavar="N", help="synthetic pictures (default: 100)"
     )
@@ -110,12 +110,6 @@ def _at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return whole_number
-
-
-def _strength(text: str) -> float:
-    if not 0 <= float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more, and finite")
-    return float(text)
 
 
 def compare(options: argparse.Namespace) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dtpm_fast.atomic import whole_folder
-from dtpm_fast.data.degradations import degrade
+from dtpm_fast.data.degradations import check_strength, degrade
 from dtpm_fast.data.pictures import find_photos
 from dtpm_fast.data.sheet import sample_photo
 from dtpm_fast.errors import UserError
@@ -33,9 +33,7 @@ def make_pairs(
     """
     check_task(task)
     for number, strength in enumerate(strengths):
-        if not 0 <= strength < float("inf"):
-            raise UserError(f"strength {strength}: must be 0 or more, and finite")
-        if f"{strength:g}" in [f"{other:g}" for other in strengths[:number]]:
+        if f"{check_strength(strength):g}" in [f"{other:g}" for other in strengths[:number]]:
             raise UserError(f"strength {strength:g}: is given twice")
     if seed < 0:
         raise UserError(f"seed {seed}: must be 0 or more")

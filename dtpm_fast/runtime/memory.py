@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from dtpm_fast.config import ModelConfig
+from dtpm_fast.device import free_cuda_memory
 from dtpm_fast.errors import UserError
 from dtpm_fast.runtime.tiling import OVERLAP
 
@@ -22,11 +23,8 @@ def needed(config: ModelConfig, pixels: int, dtype: torch.dtype, form: str = "fo
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device, those included that PyTorch keeps for the next tensors."""
-    if device.type != "cuda":
-        return _free()
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    """Bytes that are free on the device."""
+    return free_cuda_memory(device) if device.type == "cuda" else _free()
 
 
 def budget(device: torch.device) -> int:

@@ -158,6 +158,7 @@ def test_auto_takes_the_cpu_for_what_a_gpu_cannot(
         (["photos", "-o", "out", "--device", "tpu"], 1, "use auto, cpu, cuda or cuda:N"),
         (["photos", "-o", "out", "--lam", "-1"], 2, "-1: must be zero or positive"),
         (["photos", "-o", "out", "--sigma", "0"], 2, "0: must be positive"),
+        (["photos", "-o", "out", "--sigma", "5000"], 2, "5000: must be at most 1000"),
         (["photos", "-o", "out", "--crop", "x"], 2, "invalid int value"),
         (["photos", "-o", "out", "--stride", "4"], 2, "--stride needs --crop"),
         (["photos"], 2, "required"),

@@ -17,6 +17,7 @@ from dtpm_fast.data.degradations.rain import rain
 from dtpm_fast.data.degradations.rain_haze import rain_haze
 from dtpm_fast.data.degradations.raindrops import raindrops
 from dtpm_fast.data.degradations.snow import snow
+from dtpm_fast.errors import UserError
 from dtpm_fast.tasks import check_task
 
 DEGRADATIONS: dict[str, Callable[[np.ndarray, np.random.Generator, float], np.ndarray]] = {
@@ -36,12 +37,19 @@ _REACH = {"deblur": MOTION_REACH, "defocus": DEFOCUS_REACH + 1}
 def degrade(task: str, image: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
     """HxWx3 float32 in [0, 1]: the synthetic degradation of `task` on a clean HxWx3 float32 sRGB picture in [0, 1].
 
-    Equal arguments and generator states give equal bytes. Raises `UserError` for an unknown task.
+    Equal arguments and generator states give equal bytes. Raises `UserError` for an unknown task or a bad strength.
     """
-    return DEGRADATIONS[check_task(task)](image, rng, strength)
+    return DEGRADATIONS[check_task(task)](image, rng, check_strength(strength))
 
 
 def border(task: str, strength: float = 1.0) -> int:
     """Pixels to cut from each side of a degraded piece of a photo, so that none depends on what the piece left out.
-    Raises `UserError` for an unknown task."""
-    return int(np.ceil(_REACH.get(check_task(task), 0) * strength))
+    Raises `UserError` for an unknown task or a bad strength."""
+    return int(np.ceil(_REACH.get(check_task(task), 0) * check_strength(strength)))
+
+
+def check_strength(strength: float) -> float:
+    """`strength` itself. Raises `UserError` where it is below 0, infinite or NaN."""
+    if not 0 <= strength < float("inf"):
+        raise UserError(f"strength {strength}: must be 0 or more, and finite")
+    return strength
