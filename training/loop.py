@@ -80,7 +80,10 @@ class Trainer:
     def __init__(self, run: Run) -> None:
         self.run, settings = run, run.config.train
         self.precision = Precision(settings.precision, run.device)
-        self.model = run.model.to(run.device).to(memory_format=torch.channels_last).train()
+        self.model = run.model.to(run.device).train()
+        for module in self.model.modules():
+            if isinstance(module, nn.Conv2d):  # beta and gamma stay as their gradients come, which DDP copies otherwise
+                module.to(memory_format=torch.channels_last)
         fused, why = run.world.agreed(choose_kernels(settings.kernels, self.model, self.precision))
         use_kernels(self.model, fused)
         run.world.say(f"kernels: {why}")

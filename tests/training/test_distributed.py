@@ -60,17 +60,19 @@ def test_two_processes_equal_one_with_the_double_batch(photos, tmp_path, tiny, s
             command,
             env={**os.environ, **group, "RANK": str(i), "LOCAL_RANK": str(i)},
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
         for i in (0, 1)
     ]
     try:
-        said = [rank.communicate(timeout=HANGS)[0] for rank in ranks]
+        said, complained = zip(*[rank.communicate(timeout=HANGS) for rank in ranks], strict=True)
     finally:
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert "2 processes (gloo)" in said[0] and "psnr_result" in said[0] and said[1] == ""
+    assert not any("Grad strides do not match" in text for text in complained)
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1  # rank 0 alone writes
     assert_same_curve(tmp_path / "two", single)
 
