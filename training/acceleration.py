@@ -25,29 +25,33 @@ def choose_kernels(name: str, model: DTPM, precision: Precision) -> tuple[bool, 
 
 
 def checked_kernels(model: DTPM, precision: Precision) -> tuple[bool, str]:
-    """The fused kernels, if a random block of each width that the model has agrees with the plain block."""
+    """The fused kernels, if a random block of each width that the model has, trained or frozen as there, agrees with the
+    plain block."""
     worst = 0.0
-    for channels in sorted({block.conv1.in_channels for block in model.modules() if isinstance(block, Block)}):
+    blocks = [block for block in model.modules() if isinstance(block, Block)]
+    for channels, frozen in sorted(
+        {(block.conv1.in_channels, not block.conv1.weight.requires_grad) for block in blocks}
+    ):
+        at = f"at {channels} channels{', frozen' if frozen else ''}"
         try:
-            fused, plain = block_errors(channels, precision)
+            fused, plain = block_errors(channels, precision, frozen)
         except Exception as error:  # whatever a compiler or a driver raises: the run goes on without
-            return False, f"reference: the fused kernels failed here at {channels} channels ({_first_line(error)})"
+            return False, f"reference: the fused kernels failed here {at} ({_first_line(error)})"
         if not fused <= TIMES_EAGER * plain + ROUNDING:  # NaN is not
-            at = f"at {channels} channels"
             return False, f"reference: {at} the fused kernels' error is {fused:.2g}, the plain block's {plain:.2g}"
         worst = max(worst, fused / max(plain, ROUNDING))
     return True, f"fused: they agree with the plain blocks here (error {worst:.1f} times theirs)"
 
 
-def block_errors(channels: int, precision: Precision, side: int = 24) -> tuple[float, float]:
-    """Largest relative error of a random block's output and gradients in the run's precision, against the plain block
-    in float32: (fused, plain)."""
+def block_errors(channels: int, precision: Precision, frozen: bool, side: int = 24) -> tuple[float, float]:
+    """Largest relative error of a random block's output and gradients (of a frozen one's input alone, for which there
+    are other kernels) in the run's precision, against the plain block in float32: (fused, plain)."""
     generator = torch.Generator().manual_seed(0)
     block = DenoisingBlock(channels, 8)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(1, parameter[0].numel()) ** 0.5)
-    block.to(precision.device).to(memory_format=torch.channels_last)
+    block.to(precision.device).to(memory_format=torch.channels_last).requires_grad_(not frozen)
     x = torch.randn(2, channels, side, side + 3, generator=generator).to(precision.device)
     e = torch.randn(2, 8, generator=generator).to(precision.device)
     weight = torch.randn(x.shape, generator=generator).to(precision.device)
@@ -57,7 +61,8 @@ def block_errors(channels: int, precision: Precision, side: int = 24) -> tuple[f
         given = x.to(memory_format=torch.channels_last).requires_grad_()
         with precision.autocast() if not exact else torch.autocast(precision.device.type, enabled=False):
             output = block(given, e)
-        return [output.detach(), *torch.autograd.grad((output.float() * weight).sum(), [given, *block.parameters()])]
+        inputs = [given, *(parameter for parameter in block.parameters() if not frozen)]
+        return [output.detach(), *torch.autograd.grad((output.float() * weight).sum(), inputs)]
 
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would be the plain block's error as well
         wanted = run(False, exact=True)

@@ -73,6 +73,22 @@ def test_kernels_that_fail_or_differ_are_not_taken(model, monkeypatch):
         assert "\n" not in why
 
 
+def test_frozen_blocks_are_tried_as_such(model, monkeypatch):
+    """Stage II's denoiser: kernels that are wrong for frozen weights alone are found."""
+    right = acceleration.DenoisingBlock.body
+
+    def body(self, x, *rest):
+        z = right(self, x, *rest)
+        return z + (z - z.detach()) * 0.1 if self.fused and not self.conv1.weight.requires_grad else z
+
+    monkeypatch.setattr(acceleration.DenoisingBlock, "body", body)
+    precision = Precision("float32", CPU)
+    assert acceleration.checked_kernels(model, precision)[0]
+    model.denoiser.requires_grad_(False)
+    on, why = acceleration.checked_kernels(model, precision)
+    assert not on and "16 channels, frozen the fused kernels' error" in why
+
+
 class Loss(nn.Module):
     def __init__(self):
         super().__init__()
