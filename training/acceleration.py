@@ -25,8 +25,8 @@ def choose_kernels(name: str, model: DTPM, precision: Precision) -> tuple[bool, 
 
 
 def checked_kernels(model: DTPM, precision: Precision) -> tuple[bool, str]:
-    """The fused kernels, if a random block of each width that the model has, trained or frozen as there, agrees with the
-    plain block."""
+    """The fused kernels, if they agree with the plain block on a random block of each width that the model has, trained
+    or frozen as it is there."""
     worst = 0.0
     blocks = [block for block in model.modules() if isinstance(block, Block)]
     for channels, frozen in sorted(
