@@ -120,6 +120,8 @@ def _run(options: argparse.Namespace) -> int:
         "torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
         "preset": config.model.preset, "rounds": options.rounds, "results": results, "left_out": left_out,
     }  # fmt: skip
+    if device.type == "cpu":
+        record["product_gmacs"] = _product_rate()
     for steps, (height, width) in itertools.product(options.steps, options.size):
         results += _measure(model, config, rows, device, options, steps, height, width, left_out)
         if options.output:  # after each one: a later one may not fit the memory
@@ -405,6 +407,8 @@ def _markdown(records: list[dict[str, Any]]) -> str:
     ]
     for record in records:
         where = f"{record['machine']}, {record['threads']} threads, torch {record['torch']}, {record['date']}"
+        if "product_gmacs" in record:
+            where += f", products at {record['product_gmacs']:.0f} billion multiply-adds/s"
         for r in record["results"]:
             psnr = "" if r["psnr_db"] is None else f"{min(r['psnr_db'], 150):.0f} dB"
             lines.append(
@@ -468,6 +472,18 @@ def _weights_file(options: argparse.Namespace, folder: Path) -> Path:
     config, model = _random(options.preset)
     save_weights(folder / "random.safetensors", model.state_dict(), config, 2, "derain", {"data": "none, random"})
     return folder / "random.safetensors"
+
+
+def _product_rate(side: int = 1024) -> float:
+    """Billions of multiply-adds a second in PyTorch's float32 matrix product: how fast the CPU is in this hour.
+    Rows that compute follow it, rows that wait for memory do not, and so ratios follow it too."""
+    a = torch.randn(side, side)
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return side**3 / statistics.median(times) / 1e9
 
 
 def _machine(device: torch.device) -> str:
