@@ -192,13 +192,18 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the table between this file's marker lines")
     parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS, choices=CHANNELS, metavar="C")
     parser.add_argument("--dtype", nargs="+", default=[*NAMES.values()], choices=[*NAMES.values()])
+    parser.add_argument(
+        "--capability", type=int, nargs="+", default=CAPABILITIES, choices=(80, 86, 89, 90, 100, 120), metavar="SM",
+        help="GPUs, of 80, 86, 89, 90, 100, 120 (default: 80 90)",
+    )  # fmt: skip
     arguments = parser.parse_args()
     return run(lambda: _work(arguments))
 
 
 def _work(arguments: argparse.Namespace) -> int:
     chosen = [c for c in cases() if c.channels in arguments.channels and NAMES[c.dtype] in arguments.dtype]
-    rows = [(case, {gpu: compile_case(case, gpu) for gpu in CAPABILITIES}) for case in tqdm(chosen, unit="kernel")]
+    gpus = arguments.capability
+    rows = [(case, {gpu: compile_case(case, gpu) for gpu in gpus}) for case in tqdm(chosen, unit="kernel")]
     text = markdown(rows)
     if arguments.write is None:
         print(text)
