@@ -432,6 +432,7 @@ def _svg(records: list[dict[str, Any]]) -> str:
             if key != group:
                 group, y = key, y + 26
                 title = f"{record['machine']}, {record['preset']}, {key[0]}x{key[1]}, batch {key[2]}, {key[3]} steps"
+                title += f", {record['date']}"
                 bars.append(f'<text x="10" y="{y}" font-weight="bold">{title}</text>')
             y += 22
             length = 330 * r["speedup"] / longest
