@@ -298,7 +298,7 @@ def _about(args: argparse.Namespace, timer: Timer) -> Row:
     }
     if cuda and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,driver_version", "--format=csv,noheader"]
-        with contextlib.suppress(subprocess.SubprocessError, OSError):
+        with contextlib.suppress(subprocess.SubprocessError, OSError):  # then the record has no clocks
             done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
             about["clocks_sm_mem_driver"] = done.stdout.strip().splitlines()[0]
     print(f"{about['device']}, copy {about['copy_GB_per_s']} GB/s, {about['versions']}", flush=True)

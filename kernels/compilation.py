@@ -197,6 +197,8 @@ def main() -> int:
         help="GPUs, of 80, 86, 89, 90, 100, 120 (default: 80 90)",
     )  # fmt: skip
     arguments = parser.parse_args()
+    if arguments.write and tuple(arguments.capability) != CAPABILITIES:
+        parser.error("--write is for the table of sm_80 and sm_90: leave out --capability")
     return run(lambda: _work(arguments))
 
 

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--sigma",
         type=_positive(float, largest=LARGEST_SIGMA),
         default=3.0,
-        help="texture scale in pixels (default: 3)",
+        help=f"texture scale in pixels, at most {LARGEST_SIGMA:g} (default: 3)",
     )
     parser.add_argument("--sharpness", type=_positive(float), default=0.02, help="least gradient (default: 0.02)")
     parser.add_argument("--iterations", type=_positive(int), default=4, help="solves (default: 4)")

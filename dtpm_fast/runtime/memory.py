@@ -72,6 +72,6 @@ def _free() -> int:
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
         free = min(free, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # no such group, or "max": no limit of its own
         pass
     return max(free, 0)
