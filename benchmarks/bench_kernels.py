@@ -345,7 +345,7 @@ def _rows() -> Iterator[Any]:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels' speed is a GPU's")
 @pytest.mark.parametrize("channels", CHANNELS)
-@pytest.mark.parametrize(("operation", "direction"), _rows())
+@pytest.mark.parametrize(("operation", "direction"), list(_rows()))
 def test_fused(benchmark: BenchmarkFixture, operation: str, direction: str, channels: int) -> None:
     side = 256 * 64 // channels
     step = step_of(operation, "fused", (8, channels, side, side), torch.bfloat16, direction, "cuda")
