@@ -79,6 +79,8 @@ class TrainConfig:
     batch_size: int = 32  # of one process; an iteration sees batch_size * accumulate * processes samples
     accumulate: int = 1  # batches of a process whose gradients are averaged into one iteration
     crop: int = 256
+    # The paper's, or Muon for the weights that mix channels and Adam for the rest.
+    optimizer: Literal["adam", "muon"] = "adam"
     lr: float = 1.5e-4
     lr_min: float = 1e-7
     warmup: int = 0  # iterations of linear warm-up before the cosine
@@ -88,8 +90,9 @@ class TrainConfig:
     # "w/o Stage I Training". "predictor" trains the initial predictor alone, on its own loss: a cheap start.
     tune: Literal["adapters", "predictor", "encoder", "decoder", "encoder_decoder", "all"] = "adapters"
     predictor_loss: float = 0.0  # weight of a loss on the predictor itself; 0 as in the paper
-    # That loss's norm. L1 lets a predictor rest at y_eps = y_d where a degradation leaves most pixels as they are.
-    predictor_norm: Literal["l1", "l2"] = "l1"
+    # That loss's norm. L1 lets a predictor rest at y_eps = y_d where a degradation leaves most pixels as they are; L2 sees
+    # the worst samples above all; "psnr" is NAFNet's: every sample's dB count the same, whatever it still lacks.
+    predictor_norm: Literal["l1", "l2", "psnr"] = "l1"
     synthetic_share: float = 0.5  # share of synthetic samples when --synthetic stands beside real pairs
     strength: float = 1.0  # of the synthetic degradations
     clean_share: float = 0.0  # share of stage II's samples whose degraded picture is the clean one; 0 as in the paper

@@ -31,6 +31,7 @@ from dtpm_fast.training.ema import EMA
 from dtpm_fast.training.log import Log
 from dtpm_fast.training.meter import Meter, peak_memory
 from dtpm_fast.training.objective import Objective
+from dtpm_fast.training.optimizers import make_optimizers
 from dtpm_fast.training.precision import Precision
 from dtpm_fast.training.recompute import recompute_blocks
 from dtpm_fast.training.validation import score, validate
@@ -90,7 +91,7 @@ class Trainer:
         if settings.activation_checkpointing:
             recompute_blocks(self.model)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.Adam(self.trained.values(), lr=settings.lr, betas=(0.9, 0.999))
+        self.optimizers = make_optimizers(settings.optimizer, self.trained.values(), settings.lr)
         self.ema = EMA(self.trained, settings.ema)
         self.objective: nn.Module = Objective(self.model, run.config)
         self.layout = torch.channels_last
@@ -115,7 +116,7 @@ class Trainer:
                 mean = world.mean(torch.stack(losses).mean())
                 losses.clear()
                 figures = {"loss": mean, "gradient_norm": gradient.item(), **self.meter.read()}
-                figures["lr"] = self.optimizer.param_groups[0]["lr"]
+                figures["lr"] = self.optimizers[0].param_groups[0]["lr"]
                 log.training(self.step, {**figures, "peak_memory_gib": peak_memory(self.run.device)})
             with self.meter.paused():
                 if last or self.step % settings.validate_every == 0:
@@ -126,9 +127,10 @@ class Trainer:
     def iterate(self, share: list[Batch]) -> tuple[Tensor, Tensor]:
         """One step of the optimiser over this process's batches; returns their mean loss and the gradient's norm, which
         is of all processes."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.run.config)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, self.run.config)
         total = torch.zeros((), device=self.run.device)
         for number, batch in enumerate(share):
             with self._exchanging(number == len(share) - 1):
@@ -136,10 +138,12 @@ class Trainer:
                     loss = self.objective(*self._on_device(batch)) / len(share)
                 self.precision.scaler.scale(loss).backward()
             total += loss.detach()
-        self.precision.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.precision.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.run.config.train.clip_grad or math.inf)
         self._stop_unless_finite(total, norm, share)
-        self.precision.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.precision.scaler.step(optimizer)
         self.precision.scaler.update()
         self.step += 1
         self.ema.update(self.step)
@@ -151,7 +155,8 @@ class Trainer:
         if run.world.leads:
             state = {
                 "config": run.config.to_json(), "stage": self.model.stage, "task": run.task, "best": self.best,
-                "model": self.model.state_dict(), "ema": self.ema.average, "optimizer": self.optimizer.state_dict(),
+                "model": self.model.state_dict(), "ema": self.ema.average,
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "scaler": self.precision.scaler.state_dict(),
             }  # fmt: skip
             save_state(run.folder, self.step, state, run.config.train.keep_checkpoints)
@@ -169,7 +174,8 @@ class Trainer:
             return
         self.model.load_state_dict(state["model"])
         self.ema.load(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         if state.get("scaler"):
             self.precision.scaler.load_state_dict(state["scaler"])
         self.best = state.get("best", -math.inf)
@@ -263,13 +269,11 @@ def _resumable(run: Run, resume: bool | None) -> dict[str, Any] | None:
             f"{run.folder}: already holds a run at iteration {state['step']}; add --resume or choose another folder"
         )
     then, now = Config.from_json(state["config"]), run.config
-    if (then.model, then.diffusion, state["stage"], state["task"]) != (
-        now.model,
-        now.diffusion,
-        run.model.stage,
-        run.task,
-    ):
+    before = then.model, then.diffusion, then.train.optimizer, state["stage"], state["task"]
+    if before != (now.model, now.diffusion, now.train.optimizer, run.model.stage, run.task):
         raise UserError(
-            f"{run.folder}: was started with another model, diffusion, stage or task; resume with the same settings"
+            f"{run.folder}: was started with another model, diffusion, optimizer, stage or task; resume with the same "
+            "settings"
         )
+    state.setdefault("optimizers", [state.get("optimizer")])  # as version 0.1 wrote it before Muon
     return state
