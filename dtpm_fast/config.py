@@ -90,8 +90,8 @@ class TrainConfig:
     # "w/o Stage I Training". "predictor" trains the initial predictor alone, on its own loss: a cheap start.
     tune: Literal["adapters", "predictor", "encoder", "decoder", "encoder_decoder", "all"] = "adapters"
     predictor_loss: float = 0.0  # weight of a loss on the predictor itself; 0 as in the paper
-    # That loss's norm. L1 lets a predictor rest at y_eps = y_d where a degradation leaves most pixels as they are; L2 sees
-    # the worst samples above all; "psnr" is NAFNet's: every sample's dB count the same, whatever it still lacks.
+    # That loss's norm. L1 lets a predictor rest at y_eps = y_d where a degradation leaves most pixels as they are; L2
+    # sees the worst samples above all; "psnr" is NAFNet's: every sample's dB count the same, whatever it still lacks.
     predictor_norm: Literal["l1", "l2", "psnr"] = "l1"
     synthetic_share: float = 0.5  # share of synthetic samples when --synthetic stands beside real pairs
     strength: float = 1.0  # of the synthetic degradations
