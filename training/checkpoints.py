@@ -8,13 +8,37 @@ the iteration alone.
 
 import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import torch
+from filelock import FileLock, Timeout
 
 from dtpm_fast.atomic import atomic_path
+from dtpm_fast.errors import UserError
+
+RELEASE = 10.0  # seconds that a killed process may take to let go of its folder
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """The run folder for this process alone: two that resumed one run would write over each other's states. A killed
+    process keeps no lock. Raises `UserError` while another process trains there."""
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / ".lock")
+    try:
+        lock.acquire(timeout=RELEASE)
+    except Timeout:
+        raise UserError(f"{run}: another process trains there; stop it first, or choose another folder") from None
+    except NotImplementedError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def save_state(run: Path, step: int, state: dict[str, Any], keep: int) -> Path:

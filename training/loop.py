@@ -25,7 +25,7 @@ from dtpm_fast.model.block import use_kernels
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.training.acceleration import choose_compile, choose_kernels
 from dtpm_fast.training.batches import Batch, Noisy, Pair, batches
-from dtpm_fast.training.checkpoints import newest_state, save_state
+from dtpm_fast.training.checkpoints import locked, newest_state, save_state
 from dtpm_fast.training.determinism import determinism
 from dtpm_fast.training.ema import EMA
 from dtpm_fast.training.log import Log
@@ -61,9 +61,14 @@ def train(run: Run, resume: bool = False) -> Path:
     Processes that torchrun has started again resume what there is, whatever `resume` says.
 
     Raises `UserError` when the run folder already holds a run and `resume` is off, when it holds one of another config,
-    when there is nothing to resume, and when the loss is no longer a number (the batch is saved).
+    when there is nothing to resume, when another process trains there, and when the loss is no longer a number (the
+    batch is saved).
     """
-    with determinism(run.config.train.deterministic), run.world.joined(run.device) as again:
+    with (
+        determinism(run.config.train.deterministic),
+        run.world.joined(run.device) as again,
+        locked(run.folder) if run.world.leads else nullcontext(),
+    ):
         trainer = Trainer(run)
         trainer.resume(None if again else resume)
         with Log(run.folder, run.model.stage, trainer.step, run.config.train.steps, not run.world.leads) as log:

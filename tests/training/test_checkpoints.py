@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from dtpm_fast.train import main
-from dtpm_fast.training.checkpoints import list_states
+from dtpm_fast.training.checkpoints import list_states, locked
 from dtpm_fast.weights_file import read_weights
 
 KILLS = int(os.environ.get("DTPM_KILLS", 20))  # random SIGKILLs in a run of 300 iterations
@@ -67,6 +67,30 @@ def test_a_state_of_before_there_were_these_settings_resumes(photos, tmp_path, t
     assert "resumed at iteration 2 of 4" in capsys.readouterr().out
     found = load_file(tmp_path / "run" / "weights.safetensors")
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def hold(folder, ready):
+    with locked(folder):
+        ready.set()
+        time.sleep(600)
+
+
+def test_a_run_folder_has_one_process_and_a_killed_one_lets_go(photos, tmp_path, tiny, capsys, monkeypatch):
+    monkeypatch.setattr("dtpm_fast.training.checkpoints.RELEASE", 0.1)
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    other = context.Process(target=hold, args=(tmp_path / "run", ready))
+    other.start()
+    assert ready.wait(120)
+    settings = [*tiny, "steps=1", "validation_images=0"]
+    try:
+        assert main(arguments(photos, tmp_path / "run", settings)) == 1
+        assert "another process trains there" in capsys.readouterr().err
+        assert not list_states(tmp_path / "run")
+    finally:
+        other.kill()
+        other.join()
+    assert main(arguments(photos, tmp_path / "run", settings)) == 0
 
 
 @pytest.mark.slow
