@@ -101,7 +101,7 @@ class TrainConfig:
     # auto: bfloat16 on CUDA, float32 on the CPU; float16 on CUDA only, with a loss scale.
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # The denoising blocks as written in model/block.py, or through the fused kernels; torch.compile of the whole loss.
-    # auto: both on CUDA, on the CPU in float32 the kernels alone; each once it has been held against the plain form.
+    # auto: both on CUDA, each once it has been held against the plain form there, and neither on the CPU.
     kernels: Literal["auto", "reference", "fused"] = "auto"
     compile: bool | Literal["auto"] = "auto"
     activation_checkpointing: bool = False  # blocks are computed again in the backward pass: less memory, more time

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dtpm_fast.kernels.adaln import adaln_ref
 from dtpm_fast.kernels.block_compute import BlockWeights, Modulation, block_backward, block_forward
-from dtpm_fast.kernels.block_products import block_products, products_train
 from dtpm_fast.kernels.channel_attention import channel_attention_ref
 from dtpm_fast.kernels.checks import check_map, check_modulation, check_parameter, check_vector
 from dtpm_fast.kernels.device import cast_for_autocast, runs_triton
@@ -48,8 +47,6 @@ def denoising_block(
     modulation = Modulation(shift1, scale1, shift2, scale2)
     _check(x, modulation, weights, adapter)
     if not runs_triton(x):
-        if adapter is None and products_train(x):
-            return block_products(x, modulation, weights, eps)
         return denoising_block_ref(x, *modulation, weights, adapter, eps)
     x = x.contiguous(memory_format=torch.channels_last)
     matrix, bias_map = (None, None) if adapter is None else adapter

@@ -1,5 +1,5 @@
-"""Fused kernels and torch.compile: what `auto` takes on this device, and why. Each is first held against the plain
-form, because neither may cost a run its numbers; what fails there is left out, with a line that says so."""
+"""Fused kernels and torch.compile: what `auto` takes on this device, and why. On CUDA each is first held against the
+plain form, because neither may cost a run its numbers; what fails there is left out, with a line that says so."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,8 +19,8 @@ def choose_kernels(name: str, model: DTPM, precision: Precision) -> tuple[bool, 
     """Whether the denoising blocks run through the fused kernels, and why, for the setting `kernels`."""
     if name != "auto":
         return name == "fused", f"{name}: as asked"
-    if precision.device.type != "cuda" and precision.name != "float32":
-        return False, "reference: in 16 bits the fused kernels are for CUDA"
+    if precision.device.type != "cuda":
+        return False, "reference: the fused kernels are for CUDA"
     return checked_kernels(model, precision)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from dtpm_fast.kernels import BlockWeights, adaln, block_weights, denoising_block, simple_gate
 from dtpm_fast.kernels.block import _block, _block_backward, _block_train, denoising_block_ref
 from dtpm_fast.kernels.block_compute import Modulation, _adaln_conv1x1, _dwconv_gate_pool
-from dtpm_fast.kernels.block_products import block_products
-from dtpm_fast.kernels.device import INTERPRETED
 from dtpm_fast.kernels.dispatch import Table, table, using_table
 from dtpm_fast.model.block import DenoisingBlock, use_kernels
 
@@ -257,84 +254,6 @@ def test_oracle_is_the_equations() -> None:
     matrix, bias_map = torch.randn(6, 6).double(), torch.randn(2, 6, 5, 4).double()
     adapted = denoising_block(x, shift1, scale1, shift2, scale2, w, (matrix, bias_map))
     torch.testing.assert_close(adapted, torch.einsum("oc,bchw->bohw", matrix, z) + bias_map)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"])
-@pytest.mark.parametrize(
-    ("shape", "offset"), [((1, 48, 9, 7), 0.0), ((3, 32, 5, 7), 100.0), ((2, 16, 96, 81), 1.0), ((2, 6, 1, 1), 1.0)]
-)
-def test_products_by_the_rule(
-    dtype: torch.dtype,
-    shape: tuple[int, int, int, int],
-    offset: float,
-    assert_as_exact_as_eager: Callable[..., None],
-) -> None:
-    """What trains on a CPU."""
-
-    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        inputs, grad = random_inputs(*shape, offset), torch.randn(shape)
-        ours = run(products, inputs, grad, dtype)
-        assert ours[0].is_contiguous(memory_format=torch.channels_last)
-        eager = run(denoising_block_ref, inputs, grad, dtype)
-        return ours, eager, run(denoising_block_ref, inputs, grad, torch.float64)
-
-    assert_as_exact_as_eager(draw, NAMES)
-
-
-def products(*args: Any) -> Tensor:
-    """`block_products` as `call` calls a block."""
-    x, *modulation, weights, _ = args
-    return block_products(x, Modulation(*modulation), weights, 1e-6)
-
-
-def test_products_pass_gradcheck_also_twice_frozen_and_expanded() -> None:
-    inputs = [tensor.double().requires_grad_() for tensor in random_inputs(2, 4, 3, 2)]
-    assert torch.autograd.gradcheck(lambda *tensors: call(products, list(tensors)), inputs, atol=1e-4, fast_mode=True)
-    frozen = [tensor.detach() for tensor in inputs[5:]]
-    assert torch.autograd.gradcheck(lambda *some: call(products, [*some, *frozen]), inputs[:5], atol=1e-4)
-    constant = [tensor[0].detach().requires_grad_() for tensor in inputs[1:5]]  # NAFNet's own block
-    expanded = [tensor.expand(2, -1) for tensor in constant]
-    found = torch.autograd.grad(call(products, [inputs[0], *expanded, *inputs[5:]]).square().sum(), constant)
-    wanted = torch.autograd.grad(
-        call(denoising_block_ref, [inputs[0], *expanded, *inputs[5:]]).square().sum(), constant
-    )
-    torch.testing.assert_close(found, wanted)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the kernels there")
-def test_products_are_for_training_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[torch.Size] = []
-
-    def spy(x: Tensor, *rest: Any) -> Tensor:
-        taken.append(x.shape)
-        return block_products(x, *rest)
-
-    monkeypatch.setattr("dtpm_fast.kernels.block.block_products", spy)
-    inputs = [tensor.requires_grad_() for tensor in random_inputs(2, 16, 5, 6)]
-    expected = call(denoising_block_ref, inputs)
-    torch.testing.assert_close(call(denoising_block, inputs), expected)
-    assert len(taken) == 1
-    with torch.no_grad():
-        assert torch.equal(call(denoising_block, inputs), expected)
-    contiguous = [inputs[0].detach().contiguous(), *inputs[1:]]
-    assert torch.equal(call(denoising_block, contiguous), call(denoising_block_ref, contiguous))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert call(denoising_block, inputs).dtype == torch.bfloat16
-    call(denoising_block, [*inputs, torch.eye(16), torch.zeros(2, 16, 5, 6)])
-    assert len(taken) == 1
-
-
-def test_products_keep_the_strides_of_channels_last_weights_and_compile() -> None:
-    """What DistributedDataParallel would copy otherwise, and what torch.compile must not break at."""
-    inputs = random_inputs(2, 16, 5, 6)
-    inputs = [t.to(memory_format=torch.channels_last) if t.ndim == 4 and t.shape[0] > 1 else t for t in inputs]
-    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-    grads = torch.autograd.grad(call(products, inputs).square().sum(), inputs)
-    assert [g.stride() for g in grads[5:]] == [t.stride() for t in inputs[5:]]
-    compiled = torch.compile(
-        lambda *tensors: call(products, list(tensors)).square().sum(), fullgraph=True, backend="aot_eager"
-    )
-    torch.testing.assert_close(torch.autograd.grad(compiled(*inputs), inputs), grads)
 
 
 def test_written_out_gradients_are_the_oracles() -> None:
