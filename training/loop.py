@@ -64,20 +64,19 @@ def train(run: Run, resume: bool = False) -> Path:
     when there is nothing to resume, when another process trains there, and when the loss is no longer a number (the
     batch is saved).
     """
-    with (
-        determinism(run.config.train.deterministic),
-        run.world.joined(run.device) as again,
-        locked(run.folder) if run.world.leads else nullcontext(),
-    ):
+    with determinism(run.config.train.deterministic), run.world.joined(run.device) as again:
         trainer = Trainer(run)
-        trainer.resume(None if again else resume)
-        with Log(run.folder, run.model.stage, trainer.step, run.config.train.steps, not run.world.leads) as log:
-            try:
-                trainer.run_to_the_end(log)
-            except KeyboardInterrupt:
-                trainer.save()  # rank 0's task; the others only stop
-                raise UserError(f"stopped at iteration {trainer.step}; the state is saved, --resume goes on") from None
-        return trainer.save()
+        with locked(run.folder) if run.world.leads else nullcontext():
+            trainer.resume(None if again else resume)
+            with Log(run.folder, run.model.stage, trainer.step, run.config.train.steps, not run.world.leads) as log:
+                try:
+                    trainer.run_to_the_end(log)
+                except KeyboardInterrupt:
+                    trainer.save()  # rank 0's task; the others only stop
+                    raise UserError(
+                        f"stopped at iteration {trainer.step}; the state is saved, --resume goes on"
+                    ) from None
+            return trainer.save()
 
 
 class Trainer:
