@@ -146,8 +146,9 @@ class Trainer:
             self.precision.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.run.config.train.clip_grad or math.inf)
         self._stop_unless_finite(total, norm, share)
-        for optimizer in self.optimizers:
-            self.precision.scaler.step(optimizer)
+        if torch.isfinite(norm):  # else all optimisers skip: the scaler would hold back those alone that overflowed
+            for optimizer in self.optimizers:
+                self.precision.scaler.step(optimizer)
         self.precision.scaler.update()
         self.step += 1
         self.ema.update(self.step)
