@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from dtpm_fast.errors import UserError
 
 
@@ -60,10 +62,9 @@ def _replacing(target: Path, make: Callable[[Path, str], Path], mode: int) -> It
         os.umask(umask)
         temporary.chmod(mode & ~umask)  # tempfile makes it private to the user
         temporary.replace(target)
-    except OSError as error:
-        raise UserError(
-            f"{target}: could not be written ({error.strerror or error}); nothing was left behind"
-        ) from error
+    except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
+        cause = getattr(error, "strerror", None) or error
+        raise UserError(f"{target}: could not be written ({cause}); nothing was left behind") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

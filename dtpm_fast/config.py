@@ -73,7 +73,8 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run of training. The defaults are the paper's; `steps` is its stage I (stage II: 600,000)."""
+    """One run of training. The defaults are the paper's, but for `rotate45`, which it has on; it says nothing of
+    `clip_grad` and `ema`. `steps` is its stage I (stage II: 600,000)."""
 
     steps: int = 800_000
     batch_size: int = 32  # of one process; an iteration sees batch_size * accumulate * processes samples

@@ -193,10 +193,18 @@ def restore(
     return (y_eps + residual).clamp(-1, 1), y_eps.clamp(-1, 1)
 
 
-def texture(model: DTPM, y_s: Tensor, noise: Tensor, steps: int, config: DiffusionConfig) -> Tensor:
+def texture(
+    model: DTPM,
+    y_s: Tensor,
+    noise: Tensor,
+    steps: int,
+    config: DiffusionConfig,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Stage I's inference: texture drawn from the prior onto the smoothed picture y_s, clip(y_s + residual, -1, 1)."""
     code = model.code(y_s)
-    return (y_s + ddim(lambda x, gamma: estimate(model, x, y_s, gamma, code), noise, y_s, steps, config)).clamp(-1, 1)
+    residual = ddim(lambda x, gamma: estimate(model, x, y_s, gamma, code), noise, y_s, steps, config, generator)
+    return (y_s + residual).clamp(-1, 1)
 
 
 def noise_levels(config: DiffusionConfig, count: int) -> Iterator[float]:

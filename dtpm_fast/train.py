@@ -72,6 +72,10 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.stage == 2) != (args.task is not None):
         parser.error("--task belongs to --stage 2, and stage 2 needs it")
+    if args.stage == 1 and (args.synthetic or args.split_file):
+        parser.error("--synthetic and --split-file belong to --stage 2")
+    if args.stage == 2 and args.smoothed:
+        parser.error("--smoothed belongs to --stage 1")
     return args
 
 

@@ -1,6 +1,7 @@
 """Fused kernels and torch.compile: what `auto` takes on this device, and why. On CUDA each is first held against the
 plain form, because neither may cost a run its numbers; what fails there is left out, with a line that says so."""
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,16 +26,18 @@ def choose_kernels(name: str, model: DTPM, precision: Precision) -> tuple[bool, 
 
 
 def checked_kernels(model: DTPM, precision: Precision) -> tuple[bool, str]:
-    """The fused kernels, if they agree with the plain block on a random block of each width that the model has, trained
-    or frozen as it is there."""
+    """The fused kernels, if they agree with the plain block on a random block of each kind and width that the model
+    has, trained or frozen as it is there."""
     worst = 0.0
-    blocks = [block for block in model.modules() if isinstance(block, Block)]
-    for channels, frozen in sorted(
-        {(block.conv1.in_channels, not block.conv1.weight.requires_grad) for block in blocks}
-    ):
+    blocks = {
+        (block.conv1.in_channels, not block.conv1.weight.requires_grad, type(block).__name__): block
+        for block in model.modules()
+        if isinstance(block, Block)
+    }
+    for (channels, frozen, _), block in sorted(blocks.items(), key=lambda item: item[0]):
         at = f"at {channels} channels{', frozen' if frozen else ''}"
         try:
-            fused, plain = block_errors(channels, precision, frozen)
+            fused, plain = block_errors(block, precision)
         except Exception as error:  # whatever a compiler or a driver raises: the run goes on without
             return False, f"reference: the fused kernels failed here {at} ({_first_line(error)})"
         if not fused <= TIMES_EAGER * plain + ROUNDING:  # NaN is not
@@ -43,26 +46,31 @@ def checked_kernels(model: DTPM, precision: Precision) -> tuple[bool, str]:
     return True, f"fused: they agree with the plain blocks here (error {worst:.1f} times theirs)"
 
 
-def block_errors(channels: int, precision: Precision, frozen: bool, side: int = 24) -> tuple[float, float]:
+def block_errors(like: Block, precision: Precision, side: int = 24) -> tuple[float, float]:
     """Largest relative error of a random block's output and gradients (of a frozen one's input alone, for which there
-    are other kernels) in the run's precision, against the plain block in float32: (fused, plain)."""
+    are other kernels) in the run's precision, and of its output as validation computes it, in float32 and without
+    gradients, against the plain block in float32: (fused, plain)."""
     generator = torch.Generator().manual_seed(0)
-    block = DenoisingBlock(channels, 8)
+    block, frozen, channels = copy.deepcopy(like), not like.conv1.weight.requires_grad, like.conv1.in_channels
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(1, parameter[0].numel()) ** 0.5)
     block.to(precision.device).to(memory_format=torch.channels_last).requires_grad_(not frozen)
     x = torch.randn(2, channels, side, side + 3, generator=generator).to(precision.device)
-    e = torch.randn(2, 8, generator=generator).to(precision.device)
+    condition = []
+    if isinstance(block, DenoisingBlock):
+        condition = [torch.randn(2, block.modulation.in_features, generator=generator).to(precision.device)]
     weight = torch.randn(x.shape, generator=generator).to(precision.device)
 
     def run(fused: bool, exact: bool = False) -> list[Tensor]:
         use_kernels(block, fused)
         given = x.to(memory_format=torch.channels_last).requires_grad_()
         with precision.autocast() if not exact else torch.autocast(precision.device.type, enabled=False):
-            output = block(given, e)
+            output = block(given, *condition)
         inputs = [given, *(parameter for parameter in block.parameters() if not frozen)]
-        return [output.detach(), *torch.autograd.grad((output.float() * weight).sum(), inputs)]
+        gradients = torch.autograd.grad((output.float() * weight).sum(), inputs)
+        with torch.no_grad():
+            return [output.detach(), block(given, *condition), *gradients]
 
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would be the plain block's error as well
         wanted = run(False, exact=True)

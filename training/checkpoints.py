@@ -6,13 +6,11 @@ TensorBoard's files. Random numbers need no state: batch, noise and gamma of an 
 the iteration alone.
 """
 
-import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 from filelock import FileLock, Timeout
@@ -36,6 +34,8 @@ def locked(run: Path) -> Iterator[None]:
     except NotImplementedError:  # a file system without locks
         pass
     try:
+        for left in (run / "checkpoints").glob(".step-*.pt"):  # half a state, of a process that was killed
+            left.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
@@ -45,8 +45,12 @@ def save_state(run: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write the state of `step` and remove all but the newest `keep`."""
     target = run / "checkpoints" / f"step-{step:08d}.pt"
     with atomic_path(target) as temporary:
-        torch.save({"step": step, **state}, temporary)
-    for old in list_states(run)[keep:]:
+        try:
+            torch.save({"step": step, **state}, temporary)
+        except RuntimeError as error:  # what PyTorch makes of a full disk
+            raise OSError(f"{str(error).splitlines()[0]}; is the disk full?") from error
+    # A newer one is one that could not be read: the run went on from before it.
+    for old in [path for path in list_states(run) if path.name <= target.name][keep:]:
         old.unlink(missing_ok=True)
     return target
 
@@ -63,6 +67,7 @@ def newest_state(run: Path) -> tuple[dict[str, Any] | None, list[str]]:
     for path in list_states(run):
         try:
             return torch.load(path, map_location="cpu", weights_only=True), broken
-        except (OSError, RuntimeError, EOFError, KeyError, ValueError, BadZipFile, pickle.UnpicklingError) as error:
-            broken.append(f"{path}: not readable ({str(error).splitlines()[0]}); trying the one before")
+        except Exception as error:  # of damaged bytes the reader makes anything: struct.error, IndexError, MemoryError
+            cause = next(iter(str(error).splitlines()), "") or type(error).__name__
+            broken.append(f"{path}: not readable ({cause}); trying the one before")
     return None, broken

@@ -23,8 +23,8 @@ class EMA:
     def applied(self) -> Iterator[None]:
         """The averages stand in the model's place inside the `with`."""
         raw = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._copy(self.average)
         try:
+            self._copy(self.average)
             yield
         finally:
             self._copy(raw)

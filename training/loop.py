@@ -28,6 +28,7 @@ from dtpm_fast.training.batches import Batch, Noisy, Pair, batches
 from dtpm_fast.training.checkpoints import locked, newest_state, save_state
 from dtpm_fast.training.determinism import determinism
 from dtpm_fast.training.ema import EMA
+from dtpm_fast.training.interrupt import interrupts_wait
 from dtpm_fast.training.log import Log
 from dtpm_fast.training.meter import Meter, peak_memory
 from dtpm_fast.training.objective import Objective
@@ -146,12 +147,14 @@ class Trainer:
             self.precision.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.run.config.train.clip_grad or math.inf)
         self._stop_unless_finite(total, norm, share)
-        if torch.isfinite(norm):  # else all optimisers skip: the scaler would hold back those alone that overflowed
-            for optimizer in self.optimizers:
-                self.precision.scaler.step(optimizer)
-        self.precision.scaler.update()
-        self.step += 1
-        self.ema.update(self.step)
+        finite = bool(torch.isfinite(norm))
+        with interrupts_wait():  # half an update must not be saved
+            if finite:  # else all optimisers skip: the scaler would hold back those alone that overflowed
+                for optimizer in self.optimizers:
+                    self.precision.scaler.step(optimizer)
+            self.precision.scaler.update()
+            self.step += 1
+            self.ema.update(self.step)
         return total, norm
 
     def save(self) -> Path:
@@ -274,11 +277,11 @@ def _resumable(run: Run, resume: bool | None) -> dict[str, Any] | None:
             f"{run.folder}: already holds a run at iteration {state['step']}; add --resume or choose another folder"
         )
     then, now = Config.from_json(state["config"]), run.config
-    before = then.model, then.diffusion, then.train.optimizer, state["stage"], state["task"]
-    if before != (now.model, now.diffusion, now.train.optimizer, run.model.stage, run.task):
+    before = then.model, then.diffusion, then.train.optimizer, then.train.tune, state["stage"], state["task"]
+    if before != (now.model, now.diffusion, now.train.optimizer, now.train.tune, run.model.stage, run.task):
         raise UserError(
-            f"{run.folder}: was started with another model, diffusion, optimizer, stage or task; resume with the same "
-            "settings"
+            f"{run.folder}: was started with another model, diffusion, optimizer, tune, stage or task; resume with the "
+            "same settings"
         )
     state.setdefault("optimizers", [state.get("optimizer")])  # as version 0.1 wrote it before Muon
     return state

@@ -20,9 +20,10 @@ def make_optimizers(name: str, parameters: Iterable[nn.Parameter], lr: float) ->
 
 
 def mixes_channels(parameter: Tensor) -> bool:
-    """Whether it is the weight of a convolution or linear map between more than 3 channels: not a depth-wise one, nor
-    one that reads or writes a picture."""
-    return parameter.ndim in (2, 4) and min(parameter.shape[:2]) > 3
+    """Whether it is the weight of a linear map, or of a convolution of 1x1 or 2x2: those of 3x3 are depth-wise, or read
+    or write a picture, and beta and gamma are no matrices."""
+    matrix = parameter.ndim in (2, 4) and min(parameter.shape[:2]) > 1
+    return matrix and (parameter.ndim == 2 or parameter.shape[2] < 3)
 
 
 class Muon(torch.optim.Optimizer):

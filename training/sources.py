@@ -1,6 +1,7 @@
 """What a run trains and validates on: photos for stage I; pairs, clean photos with synthetic degradations, or both
 mixed, for stage II. Everything is found and checked here, before training starts."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dtpm_fast.config import TrainConfig
-from dtpm_fast.data.crops import Augment, MixedCrops, PairCrops, SmoothedCrops, SomeClean, SyntheticCrops
+from dtpm_fast.data.crops import Augment, MixedCrops, PairCrops, SmoothedCrops, SomeClean, SyntheticCrops, smoothed_of
 from dtpm_fast.data.layouts import LayoutNotFound, SplitNotFound, find_pairs
 from dtpm_fast.data.pictures import PictureCache, find_photos
 from dtpm_fast.errors import UserError
@@ -29,16 +30,17 @@ class Source:
 def stage1_source(
     photos: Path, smoothed: Path | None, validation: Path | None, train: TrainConfig, check: bool = True
 ) -> Source:
-    """(x_g, y_s) crops of a folder of photos; validation on another folder, else on every tenth photo, held out.
+    """(x_g, y_s) crops of a folder of photos; validation on another folder, else on every tenth photo, held out with
+    all the crops that `dtpm-smooth` cut from it.
     `check=False` leaves out the decoding of every picture: another process of this machine has done it."""
     cache = PictureCache()
     if validation is None:
-        kept, held_out = hold_out(find_photos(photos), train.validation_images)
+        kept, held_out = _hold_out_photos(find_photos(photos), train.validation_images)
     else:
         kept, held_out = find_photos(photos), find_photos(validation)[: train.validation_images]
     options = {"seed": train.seed, "rotate45": train.rotate45, "cache": cache, "check": check}
-    # A list of paths is matched by name alone, so a folder smoothed ahead is given as the folder it belongs to.
-    data = SmoothedCrops(kept if smoothed is None else photos, train.crop, smoothed=smoothed, **options)  # type: ignore[arg-type]
+    partners = None if smoothed is None else smoothed_of(photos, kept, smoothed)
+    data = SmoothedCrops(kept, train.crop, smoothed=partners, **options)  # type: ignore[arg-type]
     count = min(train.validation_images, len(held_out))
     unseen = None
     if count:
@@ -110,6 +112,16 @@ def hold_out(items: Sequence, count: int) -> tuple[list, list]:
     held_out = list(items[::10])[:count]
     taken = set(held_out)
     return [item for item in items if item not in taken], held_out
+
+
+def _hold_out_photos(photos: list[Path], count: int) -> tuple[list[Path], list[Path]]:
+    """As `hold_out`; of a photo that was cut into crops, all are out of training and the middle one validates."""
+    crops: dict[Path, list[Path]] = {}
+    for path in photos:
+        crops.setdefault(path.with_name(re.sub(r"_y\d{5,}_x\d{5,}$", "", path.stem)), []).append(path)
+    kept, held_out = hold_out(list(crops), count)
+    middle = [crops[photo][len(crops[photo]) // 2] for photo in held_out]
+    return [path for photo in kept for path in crops[photo]], middle
 
 
 def _validation(

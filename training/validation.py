@@ -31,7 +31,7 @@ def validate(
         noise = torch.randn(a.shape, generator=generator).to(device)
         if model.stage == 1:
             x_g, y_s = a, b
-            drawn = texture(model, y_s, noise, steps, config.diffusion)
+            drawn = texture(model, y_s, noise, steps, config.diffusion, generator)
             figure = {"psnr_smoothed": _psnr(y_s, x_g), "psnr_texture": _psnr(drawn, x_g)}
             for level, gamma in enumerate(noise_levels(config.diffusion, LEVELS)):
                 gammas = torch.full((1,), gamma, device=device)
@@ -43,7 +43,7 @@ def validate(
             if config.train.tune == "predictor":
                 named = {"input": y_d, "predictor": model.predict(y_d)}
             else:
-                result, y_eps = restore(model, y_d, noise, steps, config.diffusion)
+                result, y_eps = restore(model, y_d, noise, steps, config.diffusion, generator)
                 named = {"input": y_d, "predictor": y_eps, "result": result}
             figure = {f"psnr_{name}": _psnr(image, y_g) for name, image in named.items()}
             row = [*named.values(), y_g]

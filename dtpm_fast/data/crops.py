@@ -77,7 +77,7 @@ class SmoothedCrops(Dataset[tuple[Tensor, Tensor]]):
 
     y_s is `dtpm_fast.smoothing.rtv_smooth` of the crop, on one thread, or, with `smoothed`, the same place of the
     picture of the same name (any picture suffix, same subfolder; of a list of photos, the name alone) in that folder,
-    as `dtpm-smooth` writes it.
+    as `dtpm-smooth` writes it; or of a list that has one for each photo, as `smoothed_of` makes it.
     Raises `UserError` as `PhotoCrops` does, and for a smoothed picture that is missing or of another size.
     """
 
@@ -87,7 +87,7 @@ class SmoothedCrops(Dataset[tuple[Tensor, Tensor]]):
         crop: int,
         seed: int = 0,
         *,
-        smoothed: Path | str | None = None,
+        smoothed: Photos | None = None,
         augment: Augment = "all",
         rotate45: bool = False,
         cache: PictureCache | None = None,
@@ -96,7 +96,11 @@ class SmoothedCrops(Dataset[tuple[Tensor, Tensor]]):
         self.photos = _photos(folder)
         self.crop, self.seed, self.augment, self.rotate45 = _checked_crop(crop), seed, _checked(augment), rotate45
         self.cache = PictureCache() if cache is None else cache
-        self.smoothed = None if smoothed is None else _partners(folder, self.photos, Path(smoothed))
+        self.smoothed: Sequence[Path] | None
+        if isinstance(smoothed, (str, Path)):
+            self.smoothed = smoothed_of(folder, self.photos, Path(smoothed))
+        else:
+            self.smoothed = smoothed
         if check and self.smoothed is not None:
             check_pairs(list(zip(self.smoothed, self.photos, strict=True)), self.cache)
         elif check:
@@ -300,8 +304,9 @@ def _photos(folder: Photos) -> list[Path]:
     return find_photos(folder) if isinstance(folder, (str, Path)) else [Path(path) for path in folder]
 
 
-def _partners(folder: Photos, photos: Sequence[Path], smoothed: Path) -> list[Path]:
-    """For each photo the picture of the same name, whatever its suffix, in the folder `smoothed`."""
+def smoothed_of(folder: Photos, photos: Sequence[Path], smoothed: Path) -> list[Path]:
+    """For each photo the picture of the same name, whatever its suffix, in the folder `smoothed`. Raises `UserError`
+    where there is none."""
     root = Path(folder) if isinstance(folder, (str, Path)) else None
     by_name = {path.relative_to(smoothed).with_suffix(""): path for path in find_photos(smoothed)}
     names = [(photo.relative_to(root) if root else Path(photo.name)).with_suffix("") for photo in photos]

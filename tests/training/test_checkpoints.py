@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import time
 
@@ -11,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dtpm_fast.config import Config
+from dtpm_fast.errors import UserError
 from dtpm_fast.train import main
-from dtpm_fast.training.checkpoints import list_states, locked
-from dtpm_fast.weights_file import read_weights
+from dtpm_fast.training.checkpoints import list_states, locked, newest_state, save_state
+from dtpm_fast.training.ema import EMA
+from dtpm_fast.weights_file import read_weights, save_weights
 
 KILLS = int(os.environ.get("DTPM_KILLS", 20))  # random SIGKILLs in a run of 300 iterations
 
@@ -68,6 +72,75 @@ def test_a_state_of_before_there_were_these_settings_resumes(photos, tmp_path, t
     assert "resumed at iteration 2 of 4" in capsys.readouterr().out
     found = load_file(tmp_path / "run" / "weights.safetensors")
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_an_interrupted_update_is_finished_before_it_is_saved(photos, tmp_path, tiny, capsys, monkeypatch):
+    """Ctrl-C between the new weights and their averages: what is saved is the state of a whole iteration."""
+    settings = [*tiny, "steps=4", "validation_images=0"]
+    assert main(arguments(photos, tmp_path / "whole", settings)) == 0
+    update = EMA.update
+
+    def interrupted(self, step):
+        if step == 2 and not list_states(tmp_path / "run"):
+            os.kill(os.getpid(), signal.SIGINT)
+        update(self, step)
+
+    monkeypatch.setattr(EMA, "update", interrupted)
+    assert main(arguments(photos, tmp_path / "run", settings)) == 1
+    assert "stopped at iteration 2; the state is saved" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert main(arguments(photos, tmp_path / "run", settings, "--resume")) == 0
+    whole, resumed = (load_file(tmp_path / run / "weights.safetensors") for run in ("whole", "run"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_states_that_cannot_be_read_do_not_drive_out_new_ones(tmp_path):
+    for step in (2000, 3000):
+        path = tmp_path / "checkpoints" / f"step-{step:08d}.pt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"" if step == 3000 else b"junk")
+    for step in (900, 1000, 1100):
+        save_state(tmp_path, step, {}, keep=2)
+    assert [path.name[5:-3] for path in list_states(tmp_path)] == ["00003000", "00002000", "00001100", "00001000"]
+    state, broken = newest_state(tmp_path)
+    assert state == {"step": 1100}
+    assert [line.split(": ", 1)[1][:12] for line in broken] == ["not readable"] * 2
+
+
+def fill_the_disk(run, found):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    large = {"x": torch.zeros(100_000)}
+    for write in (
+        lambda: save_state(run, 2, large, keep=2),
+        lambda: save_weights(run / "checkpoints" / "w.safetensors", large, Config.of(), 1),
+    ):
+        try:
+            write()
+        except UserError as error:
+            found.send(str(error))
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_state_before(tmp_path):
+    save_state(tmp_path, 1, {"x": torch.zeros(10)}, keep=2)
+    context = multiprocessing.get_context("spawn")
+    receives, sends = context.Pipe(duplex=False)
+    process = context.Process(target=fill_the_disk, args=(tmp_path, sends))
+    process.start()
+    process.join(120)
+    for name in ("step-00000002.pt", "w.safetensors"):
+        assert receives.poll(1)
+        message = receives.recv()
+        assert f"{name}: could not be written" in message and "\n" not in message
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001.pt"]
+
+
+def test_half_a_state_of_a_killed_process_goes(tmp_path):
+    save_state(tmp_path, 1, {}, keep=2)
+    half = tmp_path / "checkpoints" / ".step-00000002.pt.ab12.pt"
+    half.write_bytes(b"half")
+    with locked(tmp_path):
+        assert list((tmp_path / "checkpoints").iterdir()) == list_states(tmp_path)
 
 
 def hold(folder, ready):

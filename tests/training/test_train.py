@@ -111,6 +111,9 @@ def test_the_predictor_trains_alone_and_another_run_starts_from_it(photos, tmp_p
     fresh = {name: value for name, value in after.items() if ".m_out." in name}
     assert fresh and not any(value.any() for value in fresh.values())  # the adapters are still the identity
     assert (tmp_path / "first" / "weights-best.safetensors").is_file()
+    other = [*settings, "tune=adapters"]
+    assert main([*task, "--output", str(tmp_path / "first"), "--resume", "--set", *other]) == 1
+    assert "was started with another model, diffusion, optimizer, tune, stage or task" in capsys.readouterr().err
 
     settings = [*tiny[2:], "steps=1", "lr=1e-9", "lr_min=1e-9", "validation_images=0"]
     assert main([*task, "--output", str(tmp_path / "second"), "--init", str(first), "--set", *settings]) == 0
@@ -250,9 +253,16 @@ def test_wrong_uses_are_one_line_each(photos, tmp_path, tiny, capsys):
     (photos / "0.png").write_text("broken")
     fails("0.png", lambda: stage1(photos, tmp_path / "x", tiny))
     assert not (tmp_path / "x").exists()
-    with pytest.raises(SystemExit) as usage:
-        main(["--stage", "2", "--data", str(photos), "--output", str(tmp_path / "x")])
-    assert usage.value.code == 2
+    common = ["--data", str(photos), "--output", str(tmp_path / "x")]
+    for flags in (
+        ["--stage", "2"],
+        ["--stage", "1", "--synthetic", str(photos)],
+        ["--stage", "1", "--split-file", "split.csv"],
+        ["--stage", "2", "--task", "derain", "--smoothed", str(photos)],
+    ):
+        with pytest.raises(SystemExit) as usage:
+            main([*flags, *common])
+        assert usage.value.code == 2
 
 
 def test_a_loss_that_is_no_number_stops_with_the_batch_saved(photos, tmp_path, tiny, capsys):

@@ -1,0 +1,40 @@
+"""What is held out for validation is in no training sample."""
+
+from PIL import Image
+
+from dtpm_fast.config import Config
+from dtpm_fast.training.sources import stage1_source
+
+
+def cropped(photos, folder):
+    """As `dtpm-smooth --crop 32` names its crops; the smoothed ones are as good as any for a list of names."""
+    for kind in ("clean", "smooth"):
+        (folder / kind).mkdir(parents=True)
+        for path in sorted(photos.iterdir()):
+            with Image.open(path) as photo:
+                for y in (0, 32):
+                    for x in (0, 32, 64):
+                        name = f"{path.stem}_y{y:05d}_x{x:05d}.png"
+                        photo.crop((x, y, x + 32, y + 32)).save(folder / kind / name)
+    return folder / "clean", folder / "smooth"
+
+
+def test_photos_smoothed_ahead_are_held_out_as_others_are(photos, tmp_path):
+    train = Config.of(crop=16, validation_images=1).train
+    on_the_fly = stage1_source(photos, None, None, train)
+    ahead = stage1_source(photos, photos, None, train)
+    assert ahead.data.photos == on_the_fly.data.photos
+    assert [path.name for path in ahead.data.photos] == [f"{i}.png" for i in range(1, 8)]
+    assert [path.name for path in ahead.data.smoothed] == [f"{i}.png" for i in range(1, 8)]
+    assert len(ahead.validation) == 1 and ahead.about == "7 photos of photos, smoothed ahead"
+    everything = stage1_source(photos, photos, photos, train)
+    assert len(everything.data.photos) == 8
+
+
+def test_all_crops_of_a_photo_are_on_one_side(photos, tmp_path):
+    clean, smooth = cropped(photos, tmp_path / "crops")
+    train = Config.of(crop=16, validation_images=4).train
+    source = stage1_source(clean, smooth, None, train)
+    assert len(source.validation) == 1  # one of eight photos
+    assert {path.name.split("_")[0] for path in source.data.photos} == {str(i) for i in range(1, 8)}
+    assert len(source.data.photos) == 7 * 6
