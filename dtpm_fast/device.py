@@ -1,5 +1,8 @@
 """Which device runs, and why: said, never silent."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
 import torch
 
 from dtpm_fast.errors import UserError
@@ -27,6 +30,21 @@ def choose_device(name: str = "auto") -> tuple[torch.device, str]:
     if device.type != "cpu":
         raise UserError(f"device {name}: only cpu and cuda are supported")
     return device, "cpu: as asked"
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """float32 convolutions on CUDA in float32, where cuDNN's default is TF32. A program that chose a precision by
+    PyTorch's newer names (`fp32_precision`) keeps its choice."""
+    cudnn = torch.backends.cudnn
+    with ExitStack() as kept:
+        with suppress(RuntimeError):  # the newer names and these do not mix
+            kept.enter_context(
+                cudnn.flags(
+                    enabled=True, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+                )
+            )
+        yield
 
 
 def free_cuda_memory(device: torch.device) -> int:

@@ -58,6 +58,7 @@ def _orientation(image: Image.Image) -> int:
 def to_rgb8(image: Image.Image) -> np.ndarray:
     """HxWx3 uint8 RGB of a Pillow image of any mode. Floating-point greys are in [0, 1], [0, 255] or [0, 65535], the
     smallest that holds them all. Raises `ValueError` for ones that are not finite."""
+    image.load()  # newer Pillows turn a TIFF while they load it
     turn = _TURNS.get(_orientation(image))
     image = image if turn is None else image.transpose(turn)
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):  # Pillow's own convert("RGB") clips these at 255

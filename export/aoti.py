@@ -31,24 +31,35 @@ def write_aoti(module: nn.Module, inputs: Sequence[Tensor], dynamic: Any, file: 
             ) from error
 
 
+def compute_capability(device: torch.device) -> str | None:
+    """As "9.0", of a CUDA device, for which a package is compiled."""
+    if device.type != "cuda":
+        return None
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
+
+
 class AotiStepper:
     """A `Stepper` over prepare.pt2 and step.pt2, on the device that they were compiled for.
 
     The packages are native code: load only a folder that you exported yourself. Raises `UserError` when the device is
-    another one, or a package cannot be loaded.
+    of another kind, or a package cannot be loaded.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, device: torch.device) -> None:
         built_for = manifest.engine.get("device", "cpu")
         if device.type != built_for:
             raise UserError(f"{folder}: was compiled for {built_for} and cannot run on {device.type}; export again")
+        built, here = manifest.engine.get("compute_capability"), compute_capability(device)
+        if built not in (None, here):
+            raise UserError(f"{folder}: was compiled for compute capability {built}, {device} has {here}; export again")
         self.manifest, self.device, self.steps = manifest, device, manifest.steps
+        index = device.index if device.index is not None else -1  # -1: the current device
         self.models = {}
         for name, graph in manifest.graphs.items():
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    self.models[name] = torch._inductor.aoti_load_package(str(folder / graph.file))
+                    self.models[name] = torch._inductor.aoti_load_package(str(folder / graph.file), device_index=index)
             except RuntimeError as error:
                 raise UserError(
                     f"{folder / graph.file}: cannot be loaded ({str(error).splitlines()[0]}); it was made with torch "

@@ -13,7 +13,7 @@ from torch.export import Dim
 
 from dtpm_fast.atomic import whole_folder
 from dtpm_fast.errors import UserError
-from dtpm_fast.export.aoti import AotiStepper, write_aoti
+from dtpm_fast.export.aoti import AotiStepper, compute_capability, write_aoti
 from dtpm_fast.export.compare import Difference, ExportedStepper, check, difference, stepped
 from dtpm_fast.export.graph import PrepareGraph, StepGraph, UnrolledGraph
 from dtpm_fast.export.manifest import (
@@ -86,7 +86,7 @@ def export_folder(
             graphs.parts = {"restore": graphs.parts["restore"]}
         manifest = manifest_of(kind, weights, sampler, precision, graphs)
         if kind == "aoti":
-            manifest.engine = {"device": device.type}
+            manifest.engine = {"device": device.type, "compute_capability": compute_capability(device)}
         for name in list(graphs.parts):
             module, inputs, _, dynamic = graphs.parts.pop(name)  # written and let go: a part at a time is in memory
             spec = manifest.graphs[name]

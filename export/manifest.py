@@ -158,6 +158,9 @@ def read_manifest(folder: Path | str) -> Manifest:
         raise UserError(f"{error.filename}: no such file; is {folder} a folder that dtpm-export wrote?") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a readable manifest ({error})") from error
+    for name in (*manifest.files, *(graph.file for graph in manifest.graphs.values())):
+        if name not in manifest.files or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{path}: names {name!r}, which is none of the export's files; export again")
     for name, recorded_file in manifest.files.items():
         file = folder / name
         if not file.is_file():

@@ -289,7 +289,10 @@ def _cat(graph: Trace, example: Tensor, parts: Sequence[Any], dim: int = 0) -> s
 
 
 def _pixel_shuffle(graph: Trace, example: Tensor, x: Node, factor: int) -> str:
-    return graph.add("DepthToSpace", [x.name], blocksize=factor, mode="CRD")
+    # ONNX Runtime has no DepthToSpace in bfloat16, on no device; float32 moves the same values.
+    wide = torch.float32 if example.dtype == torch.bfloat16 else example.dtype
+    shuffled = graph.add("DepthToSpace", [graph.name(x, wide)], blocksize=factor, mode="CRD")
+    return shuffled if wide == example.dtype else graph.cast(shuffled, example.dtype)
 
 
 def _expand_as(graph: Trace, example: Tensor, x: Node, other: Node) -> str:

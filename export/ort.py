@@ -81,7 +81,9 @@ def open_session(source: str | bytes, device: torch.device, threads: int = 0) ->
         raise UserError(
             f"this ONNX Runtime has no {wanted}: install onnxruntime-gpu, and no plain onnxruntime beside it"
         )
-    settings = [(wanted, {"device_id": str(device.index or 0)})] if device.type == "cuda" else [wanted]
+    settings: list[Any] = [wanted]
+    if device.type == "cuda":  # float32 means float32, as in the engines
+        settings = [(wanted, {"device_id": str(device.index or 0), "use_tf32": "0"})]
     try:
         session = onnxruntime.InferenceSession(source, options, providers=settings)
     except Exception as error:  # ONNX Runtime's exceptions have no base class of their own

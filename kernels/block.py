@@ -216,11 +216,14 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, modulation, weights, ctx.eps = inputs
     _, y, g, mean = output
     ctx.mark_non_differentiable(y, g, mean)
+    ctx.set_materialize_grads(False)  # else autograd fills maps of zeros for y and g, which nobody reads
     ctx.save_for_backward(x, y, g, mean, *modulation, *weights)
 
 
 def _backward(ctx, grad, *unused):  # type: ignore[no-untyped-def]
     x, y, g, mean, *rest = ctx.saved_tensors
+    if grad is None:
+        return None, [None] * 4, [None] * len(rest[4:]), None
     frozen = not any(ctx.needs_input_grad[2])
     grad_x, *grads = _block_backward(grad, x, y, g, mean, rest[:4], rest[4:], ctx.eps, frozen)
     return grad_x, grads[:4], grads[4:] or [None] * len(rest[4:]), None

@@ -125,6 +125,8 @@ def _conv1x1_input(grad: Tensor, weight: Tensor) -> Tensor:
 
 def _conv1x1_weight(grad: Tensor, x: Tensor) -> Tensor:
     rows = [tensor.permute(0, 2, 3, 1).flatten(0, 2) for tensor in (grad, x)]
+    if grad.is_cuda and grad.dtype != torch.float32:  # cuBLAS may else add a split sum's parts in 16 bits
+        return torch.mm(rows[0].t(), rows[1], out_dtype=torch.float32)
     return rows[0].t() @ rows[1]
 
 

@@ -101,9 +101,12 @@ def _(grad: Tensor, x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> tu
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, grad_mean):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return None, None, None
     x, weight, bias, mean = ctx.saved_tensors
     return _channel_attention_backward(grad, x, mean, weight, bias)
 

@@ -36,7 +36,10 @@ class AcceleratedBlock(nn.Module):
 
     @staticmethod
     def _modulation(norm: nn.Module, samples: int) -> tuple[Tensor, Tensor]:
-        shift, scale = norm.get_parameter("bias"), norm.get_parameter("weight") - 1
+        weight = norm.get_parameter("weight")
+        # In 16 bits, weight - 1 would lose what a small weight has.
+        scale = weight.to(torch.promote_types(weight.dtype, torch.float32)) - 1
+        shift = norm.get_parameter("bias").to(scale.dtype)
         return shift.expand(samples, -1), scale.expand(samples, -1)
 
 

@@ -4,8 +4,8 @@
     python -m dtpm_fast.kernels.traffic --write FILE.md    puts it between the file's two marker lines
     ncu --clock-control none --csv --print-units base --metrics dram__bytes_read.sum,dram__bytes_write.sum \\
         -k 'regex:adaln_conv1x1|dwconv|attention_ffn|ffn_b|conv3_b|gate_b' \\
-        python -m dtpm_fast.kernels.traffic --launch > ncu.csv
-    python -m dtpm_fast.kernels.traffic --measured ncu.csv --write FILE.md    the same with what a GPU's counters say
+        python -m dtpm_fast.kernels.traffic --launch --batch 32 > ncu.csv
+    python -m dtpm_fast.kernels.traffic --measured ncu.csv --batch 32 --write FILE.md    with what a GPU's counters say
 
 The fused kernels are counted by what they read and write once. Eager PyTorch is counted as it runs: every operation's
 inputs and outputs, over shapes alone (no memory, no GPU). Neither counts caches, weights or per-program sums.

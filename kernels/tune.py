@@ -199,7 +199,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bits", type=int, nargs="+", default=(16,), choices=(16, 32), help="default: 16")
     parser.add_argument("--minutes", type=float, default=60.0, help="start no further measurement after this long")
     parser.add_argument("--resume", action="store_true", help="keep what --output holds already; measure the rest")
-    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 16), help="processes that compile ahead")
+    parser.add_argument(
+        "--jobs", type=int, default=max(1, min((os.cpu_count() or 1) - 2, 16)), help="processes that compile ahead"
+    )
     arguments = parser.parse_args(argv)
     return run(lambda: _work(arguments))
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from dtpm_fast.errors import UserError
-from dtpm_fast.images import image_size, list_images, read_image, write_image
+from dtpm_fast.images import image_size, list_images, read_image, to_rgb8, write_image
 
 
 @pytest.fixture
@@ -89,6 +89,8 @@ def test_the_size_in_the_header_is_that_of_the_picture(tmp_path, rgb, suffix):
         path = tmp_path / f"{orientation}{suffix}"
         Image.fromarray(rgb).save(path, exif=exif)
         assert image_size(path) == read_image(path).shape[:2]
+        with Image.open(path) as opened:  # not loaded yet: newer Pillows turn a TIFF while they load it
+            assert np.array_equal(to_rgb8(opened), read_image(path))
     with pytest.raises(UserError, match=r"none\.png: not a readable picture"):
         image_size(tmp_path / "none.png")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from dtpm_fast.device import without_tf32
 from dtpm_fast.model.block import Block, DenoisingBlock, use_kernels
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.training.precision import Precision
@@ -72,7 +73,7 @@ def block_errors(like: Block, precision: Precision, side: int = 24) -> tuple[flo
         with torch.no_grad():
             return [output.detach(), block(given, *condition), *gradients]
 
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 would be the plain block's error as well
+    with without_tf32():  # TF32 would be the plain block's error as well
         wanted = run(False, exact=True)
     fused, plain = (
         max(float((a.float() - b).norm() / b.norm().clamp(min=1e-6)) for a, b in zip(found, wanted, strict=True))

@@ -76,7 +76,11 @@ inline Manifest read_manifest(const std::string& folder) {
         found.buckets.push_back({int(b["batch"].number), int(b["height"].number), int(b["width"].number)});
     }
     if (found.multiple < 1 || found.sigmas.empty() || found.noise_fields < 1) throw std::runtime_error("bad numbers");
+    for (const std::string& graph : {found.prepare, found.step})
+      if (!content["files"].has(graph)) throw std::runtime_error("the graph " + graph + " is none of its files");
     for (const auto& [name, entry] : content["files"].members) {
+      if (name.empty() || name.front() == '/' || name.find("..") != std::string::npos)
+        throw std::runtime_error("the file " + name + " is not in the folder");
       std::ifstream part(folder + "/" + name, std::ios::binary);
       if (!part) throw BadFolder(folder + "/" + name + ": is missing from the export; export again");
       if (sha256(part) != entry["sha256"].text)

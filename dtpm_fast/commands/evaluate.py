@@ -4,6 +4,7 @@ import argparse
 import csv
 import hashlib
 import json
+import logging
 import os
 import platform
 import shlex
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from dtpm_fast import __version__
 from dtpm_fast.atomic import atomic_path
 from dtpm_fast.commands.run import run
+from dtpm_fast.commands.tile import add_tile
 from dtpm_fast.data.layouts import SPLITS, find_pairs
 from dtpm_fast.tasks import TASKS
 
@@ -86,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", default="auto", help="as dtpm-restore (default: auto)")
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="of the network")
     parser.add_argument("--sampler", default="ddim", choices=("ddim", "dpm++2m"), help="default: ddim, the paper's")
+    add_tile(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for every picture (default: 0)")
     options = parser.parse_args(arguments)
     for name in ("limit", "report_images"):
@@ -134,6 +137,8 @@ def _measure(options: argparse.Namespace, command: str, found: "Pairs", world: "
     protocol = PROTOCOLS[options.protocol or default_protocol(options.task)]
     weights = find_weights(options.weights, options.task)
     methods, device, restorers = _methods(options)
+    logging.basicConfig(format="%(message)s")  # to standard error: where a picture is tiled, its figures are another's
+    logging.getLogger("dtpm_fast").setLevel(logging.INFO)
     lpips, fid, niqe, left_out = _perceptual(options, [INPUT, *methods], device)
     for line in [*restorers, *left_out] if world.leads else []:
         print(line, file=sys.stderr)
@@ -174,6 +179,7 @@ def _measure(options: argparse.Namespace, command: str, found: "Pairs", world: "
         },
         "steps": options.steps,
         "seed": options.seed,
+        "tile": options.tile or "none",
         "note": options.note,
         "weights": {
             "file": weights.path.name,
@@ -190,8 +196,6 @@ def _measure(options: argparse.Namespace, command: str, found: "Pairs", world: "
         "fid_patches": fid.patches if fid else 0,
         "mean": means,
     }
-    print(table)
-    print(f"- Weights {weights.path.name}, {facts['device']}, {facts['date'][:10]}: `{command}`", flush=True)
     if options.json:
         per_image = [{"name": r.name, "width": r.width, "height": r.height, "figures": r.figures} for r in rows]
         _write_text(options.json, json.dumps({**facts, "per_image": per_image}, indent=1, allow_nan=False) + "\n")
@@ -201,6 +205,8 @@ def _measure(options: argparse.Namespace, command: str, found: "Pairs", world: "
         _write_curve(options, means, protocol.headline)
     if options.report:
         _write_report(options, kept, len(rows), facts, means)
+    print(table)  # last: the files are there, whatever becomes of the output
+    print(f"- Weights {weights.path.name}, {facts['device']}, {facts['date'][:10]}: `{command}`", flush=True)
     return 0
 
 
@@ -216,6 +222,7 @@ def _methods(options: argparse.Namespace) -> tuple[dict[str, "Method"], "torch.d
             options.device,
             options.backend,
             options.seed,
+            tile=options.tile,
             precision=options.precision,
             sampler=options.sampler,
         )

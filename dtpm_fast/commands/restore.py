@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from dtpm_fast.commands.run import run
+from dtpm_fast.commands.tile import add_tile
 from dtpm_fast.errors import UserError
 from dtpm_fast.images import SUFFIXES, list_images, read_image, write_image
 from dtpm_fast.tasks import TASKS
@@ -60,13 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--precision", default="auto", help="auto, float32 or bfloat16: the network's number format (default: auto)"
     )
     parser.add_argument("--sampler", default="ddim", help="ddim, the paper's, or dpm++2m (default: ddim)")
-    parser.add_argument(
-        "--tile",
-        type=_tile,
-        default="auto",
-        metavar="T",
-        help="a tile's side in pixels; none never tiles, auto does where the memory asks for it (default: auto)",
-    )
+    add_tile(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="a page with sliders to look at the results")
     parser.add_argument("--report-images", type=int, default=12, metavar="N", help="photos in the page (default: 12)")
@@ -152,15 +147,6 @@ def _write_report(
     for first in cases:  # there is none, and no page, where every chosen photo is broken
         title = f"dtpm-restore: {TASKS[restorer.task]}"
         write_report(itertools.chain([first], cases), options.report, title=title, about=about)
-
-
-def _tile(text: str) -> int | str | None:
-    if text in ("auto", "none"):
-        return text if text == "auto" else None
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: use auto, none or a number of pixels") from None
 
 
 def plan_outputs(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:

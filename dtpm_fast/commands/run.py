@@ -1,5 +1,6 @@
 """Exit codes of every command: 0 on success, 1 on a failure with a one-line cause, 2 on bad usage (argparse's own)."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -7,11 +8,15 @@ from dtpm_fast.errors import UserError
 
 
 def run(work: Callable[[], int]) -> int:
-    """Call `work`; a `UserError` becomes one line on standard error and exit code 1, Ctrl-C exit code 130."""
+    """Call `work`; a `UserError` becomes one line on standard error and exit code 1, Ctrl-C exit code 130. A reader of
+    the output that has gone (`| head`) is exit code 1 without a line."""
     try:
         return work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

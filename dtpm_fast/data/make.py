@@ -43,13 +43,13 @@ def make_pairs(
     names = [path.stem for path in found] or list(SAMPLES)
     if len(set(names)) < len(names):
         raise UserError(f"{next(n for n in names if names.count(n) > 1)}: two photos have this name; rename one")
-    pictures = [read_image(path) for path in found] or [sample_photo(name) for name in SAMPLES]
-    jobs = [(name, picture, strength) for name, picture in zip(names, pictures, strict=True) for strength in strengths]
     with whole_folder(output) as folder:
-        for name, picture, strength in tqdm(jobs, unit="picture", disable=None):
-            rng = np.random.default_rng([seed, zlib.crc32(f"{task} {name} {strength:g}".encode())])
-            degraded = degrade(task, picture.astype(np.float32) / 255, rng, strength)
-            file = f"{name}-{strength:g}.png" if len(strengths) > 1 else f"{name}.png"
-            write_image(folder / "target" / file, picture)
-            write_image(folder / "input" / file, np.rint(degraded * 255).astype(np.uint8))
-    return len(jobs)
+        for number, name in enumerate(tqdm(names, unit="photo", disable=None)):
+            picture = read_image(found[number]) if found else sample_photo(name)
+            for strength in strengths:
+                rng = np.random.default_rng([seed, zlib.crc32(f"{task} {name} {strength:g}".encode())])
+                degraded = degrade(task, picture.astype(np.float32) / 255, rng, strength)
+                file = f"{name}-{strength:g}.png" if len(strengths) > 1 else f"{name}.png"
+                write_image(folder / "target" / file, picture)
+                write_image(folder / "input" / file, np.rint(degraded * 255).astype(np.uint8))
+    return len(names) * len(strengths)

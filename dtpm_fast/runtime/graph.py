@@ -31,7 +31,8 @@ class Captured:
 
 
 class Graph:
-    """A plan whose `restore` replays a graph; one is captured for every shape of y_d.
+    """A plan whose `restore` replays a graph; one is captured for every shape of y_d when it comes the second time: the
+    sizes of a folder of photos are often all different, and a capture costs as much as three restorations.
 
     `Restorer.set_task` changes the weights in place, and the graphs replay with the new ones. `bytes` reports what
     each shape's graph added to the device's memory. Not for several threads at once.
@@ -44,6 +45,7 @@ class Graph:
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)  # PyTorch's own for captures lies on the first device that captured
         self.graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
+        self.seen: set[tuple[int, ...]] = set()
 
     @property
     def bytes(self) -> dict[tuple[int, ...], int]:
@@ -58,6 +60,9 @@ class Graph:
     def restore(self, y_d: Tensor, noise: Tensor) -> Tensor:
         """Bit-equal to `plan.restore`."""
         shape = tuple(y_d.shape)
+        if shape not in self.seen:
+            self.seen.add(shape)
+            return self.plan.restore(y_d, noise)
         if shape not in self.graphs:
             self.graphs[shape] = self._capture(y_d, noise)
             while len(self.graphs) > self.capacity:  # after the capture: the pool dies with the last graph that uses it
@@ -69,18 +74,27 @@ class Graph:
         captured.graph.replay()
         return captured.restored.clone()
 
+    def clear(self) -> None:
+        """Give the graphs' memory back."""
+        self.graphs.clear()
+        self.pool = torch.cuda.graph_pool_handle()  # the old one died with its last graph
+
     def _capture(self, y_d: Tensor, noise: Tensor) -> Captured:
         torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # as the capture does: what PyTorch kept before is not the graph's
         before = torch.cuda.memory_reserved(self.device)
         y_d, noise = y_d.clone(memory_format=torch.preserve_format), noise.clone()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             for _ in range(WARMUPS):
                 restored = self.plan.restore(y_d, noise)
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": what other threads of the program do on the device meanwhile is their own affair.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            restored.copy_(self.plan.restore(y_d, noise))
+        try:  # "thread_local": what other threads of the program do on the device meanwhile is their own affair.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                restored.copy_(self.plan.restore(y_d, noise))
+        finally:  # a capture that fails, for want of memory, leaves its stream current
+            torch.cuda.set_stream(current)
         torch.cuda.synchronize(self.device)
         return Captured(graph, y_d, noise, restored, torch.cuda.memory_reserved(self.device) - before)

@@ -68,10 +68,16 @@ def _free() -> int:
         free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:  # a container's own limit
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
+    within = free_in_group(Path("/sys/fs/cgroup"))
+    return free if within is None else min(free, within)
+
+
+def free_in_group(group: Path) -> int | None:
+    """Bytes that are free of a container's own limit (control groups, version 2), None where it has none. Files that
+    the system keeps in memory and has not read lately count as free: they go when something else needs their place."""
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no such group, or "max": no limit of its own
-        pass
-    return max(free, 0)
+        return None
+    return max(0, limit - used + int(kept.get("inactive_file", 0)))

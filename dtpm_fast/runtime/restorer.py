@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dtpm_fast.config import Config
-from dtpm_fast.device import choose_device
+from dtpm_fast.device import choose_device, without_tf32
 from dtpm_fast.errors import UserError
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.runtime.backends import choose_backend
@@ -144,7 +144,8 @@ class Restorer:
         """Restore a grey picture of every (height, width), so that compilers, autotuners and graph captures are done.
         Returns the seconds it took."""
         start = time.perf_counter()
-        for height, width in sizes:
+        # A graph is captured when a size comes the second time.
+        for height, width in [size for size in sizes for _ in range(2 if isinstance(self.backend, Graph) else 1)]:
             self(torch.full((batch, 3, height, width), 0.5, device=self.device))
         seconds = time.perf_counter() - start
         logger.info("warm after %.1f s", seconds)
@@ -194,11 +195,13 @@ class Restorer:
         check_fits(batch.shape[0], height, width, self.device)
         tall, wide = (round_up(side, self.multiple) for side in (height, width))
         noise = pad_to(noise_fields(self.seed, height, width, self.steps.noise_fields), tall, wide).to(self.device)
-        # Triton and graph captures run on the current device, which need not be this one.
-        current: AbstractContextManager[Any] = nullcontext()
-        if self.device.type == "cuda":
-            current = torch.cuda.device(self.device)
-        with current:
+        plan = self._plan()
+        with ExitStack() as settings:
+            if self.device.type == "cuda":
+                # Triton and graph captures run on the current device, which need not be this one.
+                settings.enter_context(torch.cuda.device(self.device))
+                if plan is None or plan.dtype == torch.float32:
+                    settings.enter_context(without_tf32())
             y_d = to_network(pad_to(batch.to(self.device), tall, wide)).contiguous(memory_format=torch.channels_last)
             restored = self._in_parts(y_d, noise, what)
             return from_network(restored[..., :height, :width], batch.dtype)
@@ -239,6 +242,8 @@ class Restorer:
                     ) from error
                 core = smaller
             if self.device.type == "cuda":
+                if isinstance(self.backend, Graph):
+                    self.backend.clear()
                 torch.cuda.empty_cache()
             logger.warning("%dx%d: out of memory; goes on in tiles of %d pixels", width, height, core)
 
@@ -250,6 +255,7 @@ class Restorer:
         if self._folded is None:
             with torch.inference_mode(False):  # a picture is under way; set_task writes into these tensors later
                 self._folded = Plan(self.model, self.steps, plan.dtype)
+                self._folded.table.copy_(plan.table)  # of the task that runs: its sigma_data may be its own
             self._tasks, self._abouts = None, {self._running: self._abouts[self._running]}  # they lack this plan
         return self._folded
 
@@ -278,7 +284,8 @@ def _out_of_memory(error: BaseException | None) -> bool:
     """Also where a failing graph capture was the answer to it."""
     if error is None:
         return False
-    here = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    said = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED")  # the system's, CUDA's and Triton's, cuBLAS's
+    here = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in said)
     return here or _out_of_memory(error.__context__)
 
 

@@ -133,7 +133,9 @@ class KernelBlock(nn.Module):
     ) -> Tensor:
         if mean is not own_mean:
             raise ValueError("the fused kernels take channel attention's mean over the map that they are given")
-        shift1, scale1, shift2, scale2 = (row.expand(x.shape[0], -1).contiguous() for row in rows)
+        # 1 + scale comes: in 16 bits, scale would lose what a small one has.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        shift1, scale1, shift2, scale2 = (row.expand(x.shape[0], -1).to(wide).contiguous() for row in rows)
         weights = self.weights(*(getattr(self, name) for name in self.weights._fields))
         adapter = None if bias_map is None or self.matrix is None else (self.matrix, bias_map.permute(0, 3, 1, 2))
         h = self.call(x.permute(0, 3, 1, 2), shift1, scale1 - 1, shift2, scale2 - 1, weights, adapter)

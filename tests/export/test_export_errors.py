@@ -1,5 +1,8 @@
 """Every way to fail is one clear line, and leaves nothing behind."""
 
+import hashlib
+import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -141,5 +144,15 @@ def test_tampering_is_seen(full_export: Path, tmp_path: Path) -> None:
     graph.unlink()
     with pytest.raises(UserError, match=r"step\.onnx: is missing"):
         read_manifest(folder)
+    for other in ("../step.onnx", str(full_export / "step.onnx"), "prepare.plan"):
+        changed = json.loads(text)
+        changed["graphs"]["step"]["file"] = other
+        if other.startswith("."):
+            changed["files"][other] = changed["files"].pop("step.onnx")
+        manifest.write_text(json.dumps(changed))
+        digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+        (folder / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
+        with pytest.raises(UserError, match=re.escape(f"names {other!r}, which is none of the export's files")):
+            read_manifest(folder)
     with pytest.raises(UserError, match=r"is .* a folder that dtpm-export wrote"):
         read_manifest(tmp_path)

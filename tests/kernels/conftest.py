@@ -1,11 +1,12 @@
 """The rule by which kernels are held correct, and the device that they run on here: a GPU, or Triton's interpreter."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
+from dtpm_fast.device import without_tf32
 from dtpm_fast.kernels.device import INTERPRETED
 
 
@@ -30,6 +31,13 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture(autouse=True)
 def _fresh_random_inputs() -> None:
     torch.seed()
+
+
+@pytest.fixture(autouse=True)
+def _float32_is_float32() -> Iterator[None]:
+    """Eager's error is the measure here, and TF32 would be a part of it."""
+    with without_tf32():
+        yield
 
 
 Draw = Callable[[], tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]]

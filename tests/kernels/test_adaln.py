@@ -71,6 +71,16 @@ def test_opcheck(memory_format: torch.memory_format) -> None:
     torch.library.opcheck(_adaln_backward, (torch.randn(2, 5, 3, 4), x.detach(), shift.detach(), scale.detach(), 1e-6))
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_what_the_kernels_return_is_what_was_registered(memory_format: torch.memory_format) -> None:
+    x = torch.randn(2, 16, 3, 4, device="cuda").bfloat16().contiguous(memory_format=memory_format)
+    shift, scale = torch.randn(2, 64, device="cuda").bfloat16().chunk(4, dim=1)[1:3]
+    for operation, inputs in ((_adaln, (x, shift, scale, 1e-6)), (_adaln_backward, (x * 2, x, shift, scale, 1e-6))):
+        torch.library.opcheck(operation, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_float16_statistics_do_not_overflow() -> None:
     x = torch.randn(1, 64, 3, 3).half() * 300
     zero = torch.zeros(1, 64).half()

@@ -60,6 +60,20 @@ def test_gradients_and_registration(memory_format: torch.memory_format) -> None:
     torch.library.opcheck(_channel_attention_backward, inner)
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_what_the_kernels_return_is_what_was_registered(memory_format: torch.memory_format) -> None:
+    x = torch.randn(2, 16, 3, 4, device="cuda").bfloat16().contiguous(memory_format=memory_format)
+    weight, bias = torch.randn(16, 16, device="cuda").bfloat16(), torch.randn(16, device="cuda").bfloat16()
+    mean = x.double().mean((2, 3))
+    for operation, inputs in (
+        (_channel_attention, (x, weight, bias)),
+        (_channel_attention_backward, (x * 2, x, mean, weight, bias)),
+    ):
+        torch.library.opcheck(operation, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_autocast_casts_the_weights() -> None:
     x, weight, bias = torch.randn(2, 4, 3, 5), torch.randn(4, 4, 1, 1, requires_grad=True), torch.randn(4)
     with torch.autocast("cpu", torch.bfloat16):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dtpm_fast.kernels import BlockWeights, adaln, block_weights, denoising_block, simple_gate
 from dtpm_fast.kernels.block import _block, _block_backward, _block_train, denoising_block_ref
-from dtpm_fast.kernels.block_compute import Modulation, _adaln_conv1x1, _dwconv_gate_pool
+from dtpm_fast.kernels.block_compute import Modulation, _adaln_conv1x1, _conv1x1_weight, _dwconv_gate_pool
 from dtpm_fast.kernels.dispatch import Table, table, using_table
 from dtpm_fast.model.block import DenoisingBlock, use_kernels
 
@@ -20,7 +20,10 @@ NAMES = ["out", "x", "shift1", "scale1", "shift2", "scale2", *BlockWeights._fiel
 FUSED = ["adaln_conv1x1_forward", "adaln_conv1x1_backward", "attention_ffn_forward", "ffn_backward", "conv3_backward"]
 
 
-def random_inputs(samples: int, channels: int, height: int, width: int, offset: float = 0.0) -> list[Tensor]:
+def random_inputs(
+    samples: int, channels: int, height: int, width: int, offset: float = 0.0, device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:  # fmt: skip
     """x, the modulation (chunks of one tensor, as a block's linear map gives them), and the weights."""
     x = (torch.randn(samples, channels, height, width) + offset).to(memory_format=torch.channels_last)
     convolutions = [(2, channels, 1), (2, 1, 3), (1, channels, 1), (1, channels, 1), (2, channels, 1), (1, channels, 1)]
@@ -30,7 +33,8 @@ def random_inputs(samples: int, channels: int, height: int, width: int, offset: 
         weights.append(torch.randn(outputs * channels, inputs, side, side) / fan_in**0.5)
         weights.append(torch.randn(outputs * channels))
     weights += [torch.randn(1, channels, 1, 1) for _ in range(2)]
-    return [x, *torch.randn(samples, 4 * channels).chunk(4, dim=1), *weights]
+    x, rows, *weights = (tensor.to(device, dtype) for tensor in (x, torch.randn(samples, 4 * channels), *weights))
+    return [x, *rows.chunk(4, dim=1), *weights]
 
 
 def call(function: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
@@ -72,7 +76,7 @@ def test_triton_by_the_rule(
     assert_as_exact_as_eager: Callable[..., None],
 ) -> None:
     def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        inputs = [tensor.to(device, dtype) for tensor in random_inputs(*shape, offset)]
+        inputs = random_inputs(*shape, offset, device, dtype)
         grad = torch.randn(shape).to(device, dtype)
         ours = run(denoising_block, inputs, grad, dtype)
         assert ours[0].is_contiguous(memory_format=torch.channels_last)
@@ -95,7 +99,7 @@ def test_triton_with_frozen_weights_by_the_rule(
         return list(torch.autograd.grad(out, first, grad.to(kind)))
 
     def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        inputs = [tensor.to(device, dtype) for tensor in random_inputs(*shape, offset=1.0)]
+        inputs = random_inputs(*shape, 1.0, device, dtype)
         grad = torch.randn(shape).to(device, dtype)
         ours = trained(denoising_block, inputs, grad, dtype)
         return (
@@ -112,7 +116,7 @@ def test_triton_with_an_adapter(
     device: str, dtype: torch.dtype, channels: int, assert_as_exact_as_eager: Callable[..., None]
 ) -> None:
     def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        inputs = [tensor.to(device, dtype) for tensor in random_inputs(2, channels, 5, 3)]
+        inputs = random_inputs(2, channels, 5, 3, 0.0, device, dtype)
         matrix = (torch.eye(channels) + torch.randn(channels, channels) / channels).to(device, dtype)
         inputs += [matrix, torch.randn(2, channels, 5, 3).to(device, dtype)]
         grad = torch.randn(2, channels, 5, 3).to(device, dtype)
@@ -157,7 +161,7 @@ def test_triton_under_activation_checkpointing_and_autocast(device: str) -> None
 @pytest.mark.parametrize("shape", [(1, 16, 1, 1), (2, 16, 1, 9), (1, 16, 6, 1)])
 def test_triton_on_lines_and_points(device: str, shape: tuple[int, int, int, int]) -> None:
     """One pixel, row or column: contiguous and channels_last are the same then, and Triton makes the 1 a constant."""
-    inputs = [tensor.to(device) for tensor in random_inputs(*shape)]
+    inputs = random_inputs(*shape, 0.0, device)
     grad = torch.randn(shape).to(device)
     for ours, exact in zip(
         run(denoising_block, inputs, grad, torch.float32),
@@ -280,6 +284,41 @@ def test_opcheck() -> None:
     for tensor in (x, *weights):
         tensor.requires_grad_()
     torch.library.opcheck(_block_train, (x, modulation, weights, 1e-6))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own
+def test_what_the_kernels_return_is_what_was_registered() -> None:
+    inputs = random_inputs(2, 16, 3, 5, 0.0, "cuda", torch.bfloat16)
+    x, modulation, weights = inputs[0], inputs[1:5], inputs[5:]
+    matrix, bias_map = torch.randn(16, 16).cuda().bfloat16(), torch.randn_like(x)
+    _, y, g, mean = _block_train(x, modulation, weights, 1e-6)
+    for operation, given in (
+        (_block, (x, modulation, weights, matrix, bias_map, 1e-6)),
+        (_block_train, (x, modulation, weights, 1e-6)),
+        *((_block_backward, (x * 2, x, y, g, mean, modulation, weights, 1e-6, frozen)) for frozen in (False, True)),
+    ):
+        torch.library.opcheck(operation, given, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weight_gradients_of_many_pixels_have_float32_sums(
+    dtype: torch.dtype, assert_as_exact_as_eager: Callable[..., None]
+) -> None:
+    """So many that cuBLAS splits the sum."""
+
+    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        grad, x = (torch.randn(8, 128, 128, 128, device="cuda").to(dtype) for _ in range(2))
+        grad, x = (tensor.to(memory_format=torch.channels_last) for tensor in (grad, x))
+
+        def exact(number: torch.dtype) -> Tensor:
+            weight = torch.zeros(128, 128, 1, 1, device="cuda", dtype=number, requires_grad=True)
+            return torch.autograd.grad(F.conv2d(x.to(number), weight), weight, grad.to(number))[0].flatten(1)
+
+        return [_conv1x1_weight(grad, x).to(dtype)], [exact(dtype)], [exact(torch.float64)]
+
+    assert_as_exact_as_eager(draw, ["weight.grad"])
 
 
 def test_errors_name_the_argument() -> None:

@@ -47,6 +47,15 @@ def test_gradients_and_registration(memory_format: torch.memory_format) -> None:
     torch.library.opcheck(_simple_gate_backward, (torch.randn(2, 3, 3, 4), x.detach()))
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_what_the_kernels_return_is_what_was_registered(memory_format: torch.memory_format) -> None:
+    x = torch.randn(2, 16, 3, 4, device="cuda").bfloat16().contiguous(memory_format=memory_format)
+    for operation, inputs in ((_simple_gate, (x,)), (_simple_gate_backward, (x[:, :8].clone(), x))):
+        torch.library.opcheck(operation, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_odd_channels_are_refused() -> None:
     with pytest.raises(ValueError, match="x must have an even number of channels, not 5"):
         simple_gate(torch.randn(1, 5, 2, 2))

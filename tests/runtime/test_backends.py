@@ -138,11 +138,14 @@ def test_set_task_gives_what_a_new_restorer_gives(
     np.testing.assert_array_equal(restorer(photo), fresh["desnow"])
 
 
-def test_set_task_after_a_picture_in_tiles(tmp_path: Path, random_weights: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("tiles_first", [True, False])
+def test_set_task_around_a_picture_in_tiles(
+    tmp_path: Path, random_weights: Callable[..., Path], tiles_first: bool
+) -> None:
     """Tiles of a GPU's plan have a plan of their own, made while a picture is under way."""
     files = {
-        task: random_weights(tmp_path / f"{task}.safetensors", task=task, seed=seed)
-        for seed, task in enumerate(("derain", "desnow"))
+        task: random_weights(tmp_path / f"{task}.safetensors", task=task, seed=seed, sigma_data=sigma)
+        for seed, (task, sigma) in enumerate({"derain": 0.1, "desnow": 0.03}.items())
     }
     made = [
         Restorer.from_pretrained(files[task], task, device="cpu", backend="fused", tile=128)
@@ -152,9 +155,12 @@ def test_set_task_after_a_picture_in_tiles(tmp_path: Path, random_weights: Calla
         restorer.backend = Plan(restorer.model, restorer.steps, torch.float32, "kernels")
     restorer, fresh = made
     photo = np.random.default_rng(0).integers(0, 256, (20, 28, 3), dtype=np.uint8)
-    restorer(photo)
+    wanted = restorer(photo) if tiles_first else None
     restorer.set_task("desnow", files["desnow"])
     np.testing.assert_array_equal(restorer(photo), fresh(photo))
+    restorer.set_task("derain", files["derain"])
+    if wanted is not None:
+        np.testing.assert_array_equal(restorer(photo), wanted)
 
 
 @pytest.mark.gpu
@@ -181,7 +187,7 @@ def test_graph_replay_is_the_uncaptured_run_and_swaps(random_model: Callable[...
         graph, _ = choose_backend("graph", model.cuda(), steps, device)
         graph.capacity = 2  # type: ignore[attr-defined]
         pictures = [[t.cuda() for t in picture(*size)] for size in SIZES]
-        for y_d, noise in [*pictures, *pictures]:  # the first one is captured anew in the second round
+        for y_d, noise in pictures * 3:  # uncaptured, captured, and the first one captured anew
             assert torch.equal(graph.restore(y_d, noise), graph.plan.restore(y_d, noise))  # type: ignore[attr-defined]
         assert len(graph.graphs) == 2  # type: ignore[attr-defined]
         fresh = graph.plan.of(second.cuda(), graph.steps)  # type: ignore[attr-defined]

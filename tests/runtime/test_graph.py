@@ -60,7 +60,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     the_stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {
         "graph_pool_handle": lambda: "the pool", "synchronize": lambda device: None,
-        "memory_reserved": lambda device: 0,
+        "memory_reserved": lambda device: 0, "empty_cache": lambda: None, "set_stream": lambda stream: None,
         "Stream": lambda device: the_stream, "current_stream": lambda device: the_stream,
         "stream": lambda stream: nullcontext(), "CUDAGraph": Recording, "graph": capture,
     }.items():  # fmt: skip
@@ -86,18 +86,18 @@ def test_replay_is_the_uncaptured_run_for_every_picture_and_after_a_swap(
     plan = Plan(model, steps)
     graph = Graph(plan, torch.device("cuda"), capacity=2)
     shapes = [(1, 8, 8), (2, 16, 24)]
-    for seed in (0, 1):  # the second round replays what the first one captured
+    for seed in (0, 1, 2):  # uncaptured, captured, and what the second round captured
         for shape in shapes:
             y_d, noise = picture(seed, *shape)
             assert torch.equal(graph.restore(y_d, noise), plan.restore(y_d, noise))
-    assert len(captures) == len(shapes)
+        assert len(captures) == (len(shapes) if seed else 0)
     second, _ = random_model(seed=1, **settings)
     tasks = InPlace(plan.tensors(), "first")
     tasks.add("second", plan.of(second, plan.steps).tensors())
     tasks.take("second")
     fresh = Plan(second, steps)
     for shape in shapes:
-        y_d, noise = picture(2, *shape)
+        y_d, noise = picture(3, *shape)
         assert torch.equal(graph.restore(y_d, noise), fresh.restore(y_d, noise))
     assert len(captures) == len(shapes)
 
@@ -109,6 +109,9 @@ def test_the_least_recently_used_shape_goes_and_results_stay(
     model, config = random_model()
     graph = Graph(Plan(model, make_steps(config, 2)), torch.device("cuda"), capacity=2)
     small, wide, tall = (picture(0, *shape) for shape in ((1, 8, 8), (1, 8, 16), (1, 16, 8)))
+    for given in (small, wide, tall):  # a size that comes once is worth no graph
+        graph.restore(*given)
+    assert not captures
     first = graph.restore(*small)
     kept = first.clone()
     for given in (wide, small, tall, small):  # tall drives wide out
@@ -119,6 +122,18 @@ def test_the_least_recently_used_shape_goes_and_results_stay(
     graph.restore(*wide)
     assert len(captures) == 4
     assert torch.equal(first, kept)  # a caller's picture is its own
+
+
+@torch.inference_mode()
+def test_memory_given_back_is_captured_anew(random_model: Callable[..., tuple], captures: list[Recording]) -> None:
+    model, config = random_model()
+    graph = Graph(Plan(model, make_steps(config, 2)), torch.device("cuda"))
+    given = picture(0, 1, 8, 8)
+    first = [graph.restore(*given) for _ in range(2)][1]
+    graph.clear()
+    assert not graph.graphs and not graph.bytes
+    assert torch.equal(graph.restore(*given), first)
+    assert len(captures) == 2
 
 
 def test_a_cpu_is_refused(random_model: Callable[..., tuple]) -> None:

@@ -169,7 +169,23 @@ def test_a_capture_that_failed_for_memory_is_out_of_memory() -> None:
             return _out_of_memory(error)
 
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert out_of_memory(RuntimeError("Triton Error [CUDA]: out of memory"))
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
     assert not out_of_memory(RuntimeError("illegal instruction"))
+
+
+def test_a_containers_limit_counts_and_what_it_keeps_of_files_does_not(tmp_path: Path) -> None:
+    assert memory.free_in_group(tmp_path) is None
+    for name, text in (
+        ("memory.max", "8000\n"), ("memory.current", "7900\n"),
+        ("memory.stat", "anon 1000\nfile 6900\ninactive_file 6000\nactive_file 900\n"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text)
+    assert memory.free_in_group(tmp_path) == 6100
+    (tmp_path / "memory.current").write_text("20000\n")
+    assert memory.free_in_group(tmp_path) == 0
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_in_group(tmp_path) is None
 
 
 def test_other_failures_are_not_taken_for_memory(restorer: Restorer, monkeypatch: pytest.MonkeyPatch) -> None:
