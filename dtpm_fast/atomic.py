@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dtpm_fast.errors import UserError
+
+_reading_umask = threading.Lock()
 
 
 @contextmanager
@@ -45,6 +48,14 @@ def _short(name: str) -> str:
     return name.encode(errors="surrogateescape")[:200].decode(errors="ignore")
 
 
+def _umask() -> int:
+    """It can only be read by changing it, for all threads at once."""
+    with _reading_umask:
+        umask = os.umask(0)
+        os.umask(umask)
+    return umask
+
+
 @contextmanager
 def _replacing(target: Path, make: Callable[[Path, str], Path], mode: int) -> Iterator[Path]:
     try:
@@ -58,9 +69,7 @@ def _replacing(target: Path, make: Callable[[Path, str], Path], mode: int) -> It
             if path.is_file():
                 with path.open("rb") as written:
                     os.fsync(written.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(mode & ~umask)  # tempfile makes it private to the user
+        temporary.chmod(mode & ~_umask())  # tempfile makes it private to the user
         temporary.replace(target)
     except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
         cause = getattr(error, "strerror", None) or error

@@ -307,7 +307,7 @@ def _free_threads(pictures: int) -> int:
 def _runnable() -> int:
     """Threads that run or want to, on the whole machine, this one included; 1 where the system does not say."""
     try:
-        return int(Path("/proc/loadavg").read_text().split()[3].split("/")[0])
+        return max(1, int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]))
     except (OSError, ValueError, IndexError):
         return 1
 

@@ -28,7 +28,7 @@ def test_agrees_with_the_cpu(shape: tuple[int, ...], dtype: torch.dtype) -> None
     assert (smooth.shape, smooth.dtype) == (image.shape, dtype)
     difference = smooth.cpu().double() - rtv_smooth(image).double()
     assert float(difference.abs().max()) / top <= 0.05 / 255 + (1 / top if top > 1 else 0)
-    assert (info.iterations > 0).all()
+    assert (info.iterations >= 0).all()  # a single pixel is its own solution
     assert (info.residuals <= 3e-5).all()
 
 

@@ -1,7 +1,8 @@
 // A reader of the JSON that dtpm-export writes: enough of RFC 8259 for manifests, with an error for anything else.
 #pragma once
 
-#include <cstdlib>
+#include <charconv>
+#include <system_error>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -91,11 +92,10 @@ class JsonReader {
       value.kind = Json::Kind::boolean;
     } else {
       value.kind = Json::Kind::number;
-      const char* start = text_.c_str() + at_;
-      char* end = nullptr;
-      value.number = std::strtod(start, &end);
-      if (end == start) fail("unknown value");
-      at_ += static_cast<size_t>(end - start);
+      const char* start = text_.data() + at_;
+      const auto found = std::from_chars(start, text_.data() + text_.size(), value.number);  // whatever the locale is
+      if (found.ec != std::errc()) fail("unknown value");
+      at_ += static_cast<size_t>(found.ptr - start);
     }
     return value;
   }

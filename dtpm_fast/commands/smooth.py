@@ -92,6 +92,8 @@ def _smooth(options: argparse.Namespace) -> int:
     names = ("lam", "sigma", "sharpness", "iterations", "mode")
     settings = {name: getattr(options, name) for name in names}
     device = _device(options, settings)
+    if options.cluster:  # its workers have another current folder
+        options.inputs, options.output = [path.absolute() for path in options.inputs], options.output.absolute()
     workers = options.workers or len(os.sched_getaffinity(0))
     failures: list[str] = []
     jobs, done = _plan(_sources(options.inputs, options.output), options, settings, device, failures)
@@ -198,8 +200,9 @@ def _sources(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
             below = Path() if len(inputs) == 1 else Path(given.resolve().name)
             photos = sorted(p for p in given.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             photos = [p for p in photos if not any(part.startswith(".") for part in p.relative_to(given).parts)]
-            if results != given.resolve():
-                photos = [p for p in photos if results not in p.resolve().parents]
+            if results == given.resolve():  # a rerun would take its results for photos
+                raise UserError(f"{output}: is the input itself; choose another folder, which may lie inside it")
+            photos = [p for p in photos if results not in p.resolve().parents]
             if not photos:
                 raise UserError(f"{given}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))})")
             found += [(photo, (below / photo.relative_to(given)).with_suffix("")) for photo in photos]

@@ -73,6 +73,8 @@ def test_figures_are_those_of_the_restored_pictures(
             str(out / "c.svg"),
             "--precision",
             "float32",
+            "--tile",
+            "128",
             "--note",
             "random weights",
         ]
@@ -104,6 +106,7 @@ def test_figures_are_those_of_the_restored_pictures(
     for method, values in sums.items():
         assert found["mean"][method]["psnr_rgb"] == pytest.approx(np.mean(values), abs=0.02)
     assert found["images"] == 3
+    assert found["tile"] == 128
     assert found["layout"] == "input+target"
     assert found["weights"]["sha256"] == hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     assert found["weights"]["trained"] == {"data": "none, random"}
@@ -264,6 +267,19 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert "a.png: a picture of 9x20 pixels is smaller than SSIM's window" in error("--data", str(small))
     Image.new("RGB", (5, 5)).save(pairs / "test" / "target" / "b.png")
     assert "b.png: 37x19 pixels, but its target" in error("--data", str(pairs))
+
+
+def test_a_reader_that_has_gone_costs_no_file(pairs: Path, weights: str, tmp_path: Path) -> None:
+    """As in `dtpm-evaluate ... | head -1`."""
+    command = [sys.executable, "-m", "dtpm_fast.commands.evaluate", "--task", "derain", "--data", str(pairs)]
+    command += ["--weights", weights, "--limit", "1", *OFFLINE, "--json", str(tmp_path / "r.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        complaints = process.stderr.read()
+    assert process.returncode == 1
+    assert "Traceback" not in complaints and "BrokenPipe" not in complaints
+    assert json.loads((tmp_path / "r.json").read_text())["images"] == 1
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ def test_photos_keep_their_place_and_are_smoothed(photos: Path, tmp_path: Path) 
 
 def test_crops_are_smoothed_by_themselves(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert main([str(photos), "-o", str(out), "--crop", "24", "--stride", "16", "--workers", "2"]) == 0
+    arguments = ["--crop", "24", "--stride", "16", "--workers", "2", "--device", "cpu"]
+    assert main([str(photos), "-o", str(out), *arguments]) == 0
     whole = np.array(Image.open(photos / "one.png"))
     places = [(y, x) for y in (0, 16) for x in (0, 16)]
     names = [f"one_y{y:05d}_x{x:05d}.png" for y, x in places]
@@ -153,7 +154,7 @@ def test_auto_takes_the_cpu_for_what_a_gpu_cannot(
         (["missing", "-o", "out"], 1, "missing: no such file or folder"),
         (["empty", "-o", "out"], 1, "empty: no pictures in it"),
         (["photos", "photos", "-o", "out"], 1, "would have one name"),
-        (["photos", "-o", "photos"], 1, "the result would replace it"),
+        (["photos", "-o", "photos"], 1, "photos: is the input itself; choose another folder"),
         (["photos", "-o", "photos/one.png/out"], 1, "cannot be written"),
         (["photos", "-o", "out", "--device", "tpu"], 1, "use auto, cpu, cuda or cuda:N"),
         (["photos", "-o", "out", "--lam", "-1"], 2, "-1: must be zero or positive"),
@@ -223,7 +224,7 @@ def test_a_cluster_without_ray_says_what_to_install(
 @pytest.mark.skipif(not RAY, reason="needs Ray: pip install 'dtpm-fast[cluster]'")
 def test_a_local_cluster_gives_the_same_bytes(photos: Path, tmp_path: Path) -> None:
     (photos / "broken.jpg").write_bytes(b"not a picture")
-    assert main([str(photos), "-o", str(tmp_path / "here"), "--crop", "16"]) == 1
+    assert main([str(photos), "-o", str(tmp_path / "here"), "--crop", "16", "--device", "cpu"]) == 1
     command = [sys.executable, "-m", "dtpm_fast.commands.smooth", str(photos), "--crop", "16"]
     command += ["-o", str(tmp_path / "there"), "--cluster", "local"]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
