@@ -74,6 +74,21 @@ class PinnedFloats {
   size_t count;
 };
 
+// CUDA's current device belongs to a thread, and a restorer may be used by another than the one that opened it.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  ~OnDevice() { cudaSetDevice(before_); }
+
+ private:
+  int before_ = 0;
+};
+
 struct Stream {
   Stream() { check(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking), "cudaStreamCreate"); }
   Stream(const Stream&) = delete;
@@ -136,6 +151,7 @@ struct Size {
 class TensorRT : public Backend {
  public:
   TensorRT(const std::string& folder, const Manifest& manifest) : manifest_(manifest) {
+    check(cudaGetDevice(&device_), "no CUDA device");
     check_place(folder);
     runtime_.reset(nvinfer1::createInferRuntime(log_));
     if (!runtime_) throw std::runtime_error("TensorRT does not start: " + log_.take());
@@ -144,10 +160,13 @@ class TensorRT : public Backend {
     std::vector<int64_t> numbers(manifest.sigmas.size());
     for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<int64_t>(i);
     indices_ = std::make_unique<DeviceMemory>(numbers.size() * sizeof(int64_t));
-    check(cudaMemcpy(indices_->data, numbers.data(), indices_->bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+    check(cudaMemcpyAsync(indices_->data, numbers.data(), indices_->bytes, cudaMemcpyHostToDevice, stream_.handle),
+          "cudaMemcpyAsync");
+    check(cudaStreamSynchronize(stream_.handle), "cudaStreamSynchronize");
   }
 
   void restore(const float* image, const float* noise, int64_t height, int64_t width, float* restored) override {
+    const OnDevice here(device_);
     Size& size = at(height, width);
     const cudaStream_t stream = stream_.handle;
     DeviceMemory& input = size.buffers.at("image");
@@ -167,10 +186,8 @@ class TensorRT : public Backend {
                                 std::to_string(getInferLibMinorVersion()) + "." +
                                 std::to_string(getInferLibPatchVersion()) + "." +
                                 std::to_string(getInferLibBuildVersion());
-    int device = 0;
     cudaDeviceProp found{};
-    check(cudaGetDevice(&device), "no CUDA device");
-    check(cudaGetDeviceProperties(&found, device), "cudaGetDeviceProperties");
+    check(cudaGetDeviceProperties(&found, device_), "cudaGetDeviceProperties");
     const std::string capability = std::to_string(found.major) + "." + std::to_string(found.minor);
     if (version == manifest_.tensorrt && capability == manifest_.compute_capability) return;
     throw BadFolder(folder + ": built by TensorRT " + manifest_.tensorrt + " for compute capability " +
@@ -194,9 +211,22 @@ class TensorRT : public Backend {
       sizes_.splice(sizes_.begin(), sizes_, found);
     } else {
       while (sizes_.size() >= capacity) sizes_.pop_back();
-      sizes_.push_front(make(height, width));
+      sizes_.push_front(made(height, width));
     }
     return *sizes_.front();
+  }
+
+  // Where the memory is short, without the other sizes: none is at work, because a restoration waits for its end.
+  std::unique_ptr<Size> made(int64_t height, int64_t width) {
+    try {
+      return make(height, width);
+    } catch (const std::exception&) {
+      if (sizes_.empty() || manifest_.bucket(height, width) < 0) throw;
+      sizes_.clear();
+      cudaGetLastError();  // takes the error away
+      log_.take();
+    }
+    return make(height, width);
   }
 
   std::unique_ptr<Size> make(int64_t height, int64_t width) {
@@ -303,6 +333,7 @@ class TensorRT : public Backend {
   }
 
   Manifest manifest_;
+  int device_ = 0;
   Log log_;
   Stream stream_;
   std::unique_ptr<nvinfer1::IRuntime> runtime_;  // outlives the engines, they their contexts

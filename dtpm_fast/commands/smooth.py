@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from dtpm_fast.atomic import atomic_path
 from dtpm_fast.commands.run import run
+from dtpm_fast.data.pictures import find_photos
 from dtpm_fast.errors import UserError
-from dtpm_fast.images import SUFFIXES, image_size, read_image
+from dtpm_fast.images import image_size, read_image
 from dtpm_fast.smoothing import LARGEST_SIGMA, MODES, rtv_smooth
 
 EXAMPLE = """examples:
@@ -198,13 +199,11 @@ def _sources(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
     for given in inputs:
         if given.is_dir():
             below = Path() if len(inputs) == 1 else Path(given.resolve().name)
-            photos = sorted(p for p in given.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            photos = [p for p in photos if not any(part.startswith(".") for part in p.relative_to(given).parts)]
             if results == given.resolve():  # a rerun would take its results for photos
                 raise UserError(f"{output}: is the input itself; choose another folder, which may lie inside it")
-            photos = [p for p in photos if results not in p.resolve().parents]
+            photos = [p for p in find_photos(given) if results not in p.resolve().parents]
             if not photos:
-                raise UserError(f"{given}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))})")
+                raise UserError(f"{given}: no pictures in it but results of an earlier run")
             found += [(photo, (below / photo.relative_to(given)).with_suffix("")) for photo in photos]
         elif given.is_file():
             found.append((given, Path(given.stem)))

@@ -1,6 +1,7 @@
 """The pictures of a data set: found in folders, checked before training starts, kept decoded in memory."""
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,30 @@ DEFAULT_CACHE_BYTES = 2 * 2**30
 
 
 def find_photos(folder: Path | str) -> list[Path]:
-    """Every picture inside a folder, its subfolders included, sorted by path; hidden names are left out. Raises
-    `UserError` when there is no such folder or no picture in it."""
+    """Every picture inside a folder, its subfolders and links to folders included, sorted by path; hidden names are
+    left out. Raises `UserError` when there is no such folder or no picture in it."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    found = sorted(path for path in _files(folder) if path.suffix.lower() in SUFFIXES)
     if not found:
         raise UserError(f"{folder}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))})")
     return found
+
+
+def _files(top: Path) -> Iterator[Path]:
+    """Links to folders come last, and a folder only once: links may lead in a circle."""
+    seen: set[str] = set()
+    tops = [top]
+    for start in tops:
+        for folder, below, names in os.walk(start):  # lists links among `below` and does not enter them
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            if (place := os.path.realpath(folder)) in seen:
+                below.clear()
+                continue
+            seen.add(place)
+            tops += [path for name in below if (path := Path(folder, name)).is_symlink()]
+            yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 class PictureCache:
