@@ -4,10 +4,32 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, amx };  // amx: AVX-512, and tiles that multiply bfloat16
+
+// Whether the CPU has tiles for bfloat16, and Linux lets this process use them.
+inline bool has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+    static const bool found = [] {
+        constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // of arch_prctl
+        unsigned a, b, c, d;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 22) || !(d & 1u << 24)) return false;
+        if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;  // rounding to bfloat16
+        return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    }();
+    return found;
+#else
+    return false;
+#endif
+}
 
 inline bool supports(Isa isa) {
+    if (isa == Isa::amx) return supports(Isa::avx512) && has_tiles();
 #if defined(__x86_64__)
     if (isa == Isa::avx512)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
@@ -17,13 +39,14 @@ inline bool supports(Isa isa) {
     return isa == Isa::portable;
 }
 
+// The best for float32.
 inline Isa best_isa() {
     for (Isa isa : {Isa::avx512, Isa::avx2})
         if (supports(isa)) return isa;
     return Isa::portable;
 }
 
-// Throws std::invalid_argument for an unknown name, std::runtime_error for a set that this CPU lacks.
+// Of a set for float32. Throws std::invalid_argument for an unknown name, std::runtime_error for a set that this CPU lacks.
 inline Isa isa_named(const std::string& name) {
     const Isa isa = name == "avx512"     ? Isa::avx512
                     : name == "avx2"     ? Isa::avx2

@@ -1,5 +1,5 @@
-// dtpm_fast._nafnet: the U-Net's parts over numpy arrays, float32 and contiguous. dtpm_fast/runtime/cpu_unet.py packs
-// the weights and strings the parts together.
+// dtpm_fast._nafnet: the U-Net's parts over numpy arrays, float32 (or pairs of bfloat16) and contiguous.
+// dtpm_fast/runtime/cpu_unet.py packs the weights and strings the parts together.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -46,16 +46,21 @@ nafnet::Rows rows_of(const Array& rows, const nafnet::Shape& s, const char* what
     return {sized(rows, s.samples * s.channels, what), s.channels};
 }
 
+Isa set_named(const std::string& name) {
+    if (name != "amx") return isa_named(name);
+    return supports(Isa::amx) ? Isa::amx : throw std::runtime_error("this CPU has no amx");
+}
+
 int checked(int threads) { return threads > 0 ? threads : throw std::invalid_argument("threads: must be positive"); }
 
 void spread(const Array& x, const Array& scale, const Array& shift, const Array& conv1, const Array& conv1_bias,
             const Array& depthwise, const Array& depthwise_bias, Array gated, Array average, int threads,
             const std::string& name) {
-    const Isa isa = isa_named(name);
+    const Isa isa = set_named(name);
     const nafnet::Shape s = shape_of(x, isa);
     const long c = s.channels, pixels = s.samples * s.height * s.width;
     const nafnet::Rows scales = rows_of(scale, s, "scale"), shifts = rows_of(shift, s, "shift");
-    const float* w1 = sized(conv1, 2 * c * c, "conv1");
+    const float* w1 = sized(conv1, 2 * c * nafnet::packed(isa, c), "conv1");
     const float* b1 = sized(conv1_bias, 2 * c, "conv1_bias");
     const float* w2 = sized(depthwise, 18 * c, "depthwise");
     const float* b2 = sized(depthwise_bias, 2 * c, "depthwise_bias");
@@ -70,15 +75,16 @@ void merge(Array x, const Array& gated, const Array& average, const Array& atten
            const Array& conv4_bias, const Array& conv5, const std::optional<Array>& conv5_bias,
            const std::optional<Array>& bias_map, const std::optional<Array>& adapter, int threads,
            const std::string& name) {
-    const Isa isa = isa_named(name);
+    const Isa isa = set_named(name);
     const nafnet::Shape s = shape_of(x, isa);
     const long c = s.channels, size = s.samples * s.height * s.width * c, wide = up_to(c, 2 * nafnet::lanes(isa));
+    const long rows = nafnet::packed(isa, c);
     if (conv5_bias.has_value() == bias_map.has_value())
         throw std::invalid_argument("either conv5_bias or bias_map, and not both");
-    const long rank = adapter ? long(adapter->size()) / c : 0;
+    const long rank = adapter ? long(adapter->size()) / rows : 0;
     if (rank % (2 * nafnet::lanes(isa)) || (adapter && !bias_map))
         throw std::invalid_argument("adapter: its rank must fill panels, and it comes with a bias_map");
-    const float* w_in = adapter ? sized(*adapter, rank * c, "adapter") : nullptr;
+    const float* w_in = adapter ? sized(*adapter, rank * rows, "adapter") : nullptr;
     const float* map = bias_map ? sized(*bias_map, size, "bias_map") : nullptr;
     const float* b5 = conv5_bias ? sized(*conv5_bias, c, "conv5_bias") : nullptr;
     const nafnet::Rows scales = rows_of(scale, s, "scale"), shifts = rows_of(shift, s, "shift");
@@ -86,11 +92,11 @@ void merge(Array x, const Array& gated, const Array& average, const Array& atten
     const float* means = sized(average, s.samples * c, "average");
     const float* w = sized(attention, c * c, "attention");
     const float* b = sized(attention_bias, c, "attention_bias");
-    const float* w3 = sized(conv3, wide * c, "conv3");
+    const float* w3 = sized(conv3, wide * rows, "conv3");
     const float* b3 = sized(conv3_bias, c, "conv3_bias");
-    const float* w4 = sized(conv4, 2 * c * c, "conv4");
+    const float* w4 = sized(conv4, 2 * c * rows, "conv4");
     const float* b4 = sized(conv4_bias, 2 * c, "conv4_bias");
-    const float* w5 = sized(conv5, wide * (c + (adapter ? rank : map ? c : 0)), "conv5");
+    const float* w5 = sized(conv5, wide * nafnet::packed(isa, c + (adapter ? rank : map ? c : 0)), "conv5");
     float* to = x.mutable_data();
     const py::gil_scoped_release unlocked;
     nafnet::merge(isa, s, to, from, means, w, b, w3, b3, scales, shifts, w4, b4, w5, b5, map, w_in, rank,
@@ -98,10 +104,10 @@ void merge(Array x, const Array& gated, const Array& average, const Array& atten
 }
 
 void down(const Array& x, const Array& weight, const Array& bias, Array out, int threads, const std::string& name) {
-    const Isa isa = isa_named(name);
+    const Isa isa = set_named(name);
     const nafnet::Shape s = shape_of(x, isa);
     if (s.height % 2 || s.width % 2) throw std::invalid_argument("down: height and width must be even");
-    const float* w = sized(weight, 8 * s.channels * s.channels, "weight");
+    const float* w = sized(weight, 2 * s.channels * nafnet::packed(isa, 4 * s.channels), "weight");
     const float* b = sized(bias, 2 * s.channels, "bias");
     float* to = sized(out, s.samples * s.height * s.width * s.channels / 2, "out");
     const py::gil_scoped_release unlocked;
@@ -109,10 +115,10 @@ void down(const Array& x, const Array& weight, const Array& bias, Array out, int
 }
 
 void up(const Array& x, const Array& weight, Array skip, int threads, const std::string& name) {
-    const Isa isa = isa_named(name);
+    const Isa isa = set_named(name);
     const nafnet::Shape s = shape_of(x, isa);
     if (s.channels % (2 * nafnet::lanes(isa))) throw std::invalid_argument("up: half the channels must fill vectors");
-    const float* w = sized(weight, 2 * s.channels * s.channels, "weight");
+    const float* w = sized(weight, 2 * s.channels * nafnet::packed(isa, s.channels), "weight");
     float* to = sized(skip, s.samples * s.height * s.width * s.channels * 2, "skip");
     const py::gil_scoped_release unlocked;
     nafnet::up(isa, s, x.data(), w, to, checked(threads));
@@ -120,7 +126,7 @@ void up(const Array& x, const Array& weight, Array skip, int threads, const std:
 
 void intro(const Array& picture, const Array& weight, const Array& addend, Array out, int threads,
            const std::string& name) {
-    const Isa isa = isa_named(name);
+    const Isa isa = set_named(name);
     const nafnet::Shape s = shape_of(out, isa);
     const float* from = sized(picture, s.samples * 3 * s.height * s.width, "picture");
     const float* w = sized(weight, 27 * up_to(s.channels, 2 * nafnet::lanes(isa)), "weight");
@@ -133,7 +139,7 @@ void intro(const Array& picture, const Array& weight, const Array& addend, Array
 
 void ending(const Array& x, const Array& weight, const Array& bias, Array picture, int threads,
             const std::string& name) {
-    const Isa isa = isa_named(name);
+    const Isa isa = set_named(name);
     const nafnet::Shape s = shape_of(x, isa);
     const float* w = sized(weight, 27 * s.channels, "weight");
     const float* b = sized(bias, 3, "bias");
@@ -178,11 +184,12 @@ PYBIND11_MODULE(_nafnet, module) {
     module.def("strip_width", [](long height, long width, long channels) {
         return nafnet::strip_width({1, height, width, channels});
     });
-    module.def("instruction_sets", [] {  // the best first, each with its lanes
+    // Each with its lanes, the best first; for bfloat16, those whose tiles multiply it.
+    module.def("instruction_sets", [](bool bfloat16) {
         std::vector<std::pair<std::string, int>> found;
-        for (const auto& [name, isa] : {std::pair{"avx512", Isa::avx512}, {"avx2", Isa::avx2},
+        for (const auto& [name, isa] : {std::pair{"amx", Isa::amx}, {"avx512", Isa::avx512}, {"avx2", Isa::avx2},
                                         {"portable", Isa::portable}})
-            if (supports(isa)) found.emplace_back(name, nafnet::lanes(isa));
+            if (supports(isa) && (isa == Isa::amx) == bfloat16) found.emplace_back(name, nafnet::lanes(isa));
         return found;
-    });
+    }, py::arg("bfloat16") = false);
 }

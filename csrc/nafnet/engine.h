@@ -1,13 +1,12 @@
 // The U-Net's parts for one instruction set: included once per set, with that set's target options on, inside a
-// namespace of its own. It includes nothing itself.
-//
-// V floats make a vector; a tile of a product is MR pixels by 2V outputs, whose sums stay in registers.
+// namespace of its own, behind the set's products (products.h, tiles.h). It includes nothing itself.
 
-template <int V, int MR>
-class Engine {
-    typedef float vec __attribute__((vector_size(V * sizeof(float)), aligned(4), may_alias));
+template <class Products>
+class Engine : Products {
+    using typename Products::vec;
+    using Products::fetch, Products::load, Products::packed, Products::product, Products::store;
+    static constexpr int V = Products::V, MR = Products::MR;
     static constexpr long PANEL = 48;  // pixels that go through all products of a block together, a multiple of MR
-    static constexpr long BLOCK = 64;  // inputs that are summed at a stretch: the error of longer sums grows with them
     static constexpr long PAD = 2 * V;  // keeps rows of 4096 bytes out of one cache set
 
 public:
@@ -23,6 +22,7 @@ public:
         float* sums = shared(s.samples * s.height * strips * C);  // of each row and strip
 #pragma omp parallel num_threads(threads)
         {
+            [[maybe_unused]] const typename Products::Ready ready;
             float* ring = scratch((slots + 1) * row_size + PANEL * (C + PAD));
             float* zeros = ring + slots * row_size;
             float* normal = zeros + row_size;
@@ -91,12 +91,14 @@ public:
         const long chunk = chunk_for(pixels, s.samples, threads), chunks = (pixels + chunk - 1) / chunk;
         // A pixel of the last product's input: what the adapter makes of y (rank values, none where it is merged), the
         // gated map, y.
-        const long wide = rank + 2 * C + PAD, size = panels * C * 2 * V, at_gate = rank, at_y = rank + C;
+        const long wide = rank + 2 * C + PAD, at_gate = rank, at_y = rank + C;
+        const long rows = panels * packed(C), size = rows * 2 * V;  // of conv3
         const long inputs = adapter ? rank + C : bias_map ? 2 * C : C;
         float* attended = shared(s.samples * (size + C));  // conv3 with the sample's channel attention in its columns
         float* by = attended + s.samples * size;
 #pragma omp parallel num_threads(threads)
         {
+            [[maybe_unused]] const typename Products::Ready ready;
             float* input_row = scratch(PANEL * (wide + 2 * (C + PAD)));
             float* normal = input_row + PANEL * wide;
             float* padded = normal + PANEL * (C + PAD);
@@ -110,12 +112,9 @@ public:
                 store(by + first, sums_of(part) + load(attention_bias + first % C));
             }
 #pragma omp for schedule(static)
-            for (long row = 0; row < s.samples * panels * C; ++row) {
-                const float* from = conv3 + row % (panels * C) * 2 * V;
-                const float value = by[row / (panels * C) * C + row % C];
-                store(attended + row * 2 * V, load(from) * value);
-                store(attended + row * 2 * V + V, load(from + V) * value);
-            }
+            for (long row = 0; row < s.samples * rows; ++row)
+                Products::scale(conv3 + row % rows * 2 * V, by + row / rows * C, row % packed(C), C,
+                                attended + row * 2 * V);
 #pragma omp for schedule(dynamic, 1)
             for (long task = 0; task < s.samples * chunks; ++task) {
                 const long sample = task / chunks, start = task % chunks * chunk;
@@ -172,6 +171,7 @@ public:
         const long panel_pixels = C > 128 ? PANEL / 2 : PANEL;
 #pragma omp parallel num_threads(threads)
         {
+            [[maybe_unused]] const typename Products::Ready ready;
             float* input = scratch(PANEL * stride);
 #pragma omp for schedule(dynamic, 1)
             for (long task = 0; task < s.samples * chunks; ++task) {
@@ -201,6 +201,7 @@ public:
         const long chunk = chunk_for(pixels, s.samples, threads), chunks = (pixels + chunk - 1) / chunk;
 #pragma omp parallel num_threads(threads)
         {
+            [[maybe_unused]] const typename Products::Ready ready;
             float* input = scratch(PANEL * (C + PAD));
 #pragma omp for schedule(dynamic, 1)
             for (long task = 0; task < s.samples * chunks; ++task) {
@@ -303,13 +304,6 @@ public:
     }
 
 private:
-    static vec load(const float* from) { return *reinterpret_cast<const vec*>(from); }
-    static void store(float* to, vec value) { *reinterpret_cast<vec*>(to) = value; }
-
-    // What the next panel reads or writes, into the second cache: maps larger than it come more slowly than they are used.
-    static void fetch(const float* from) { __builtin_prefetch(from, 0, 2); }
-    static void fetch(float* to) { __builtin_prefetch(to, 1, 2); }
-
     // Lane p becomes the sum over the lanes of part[p]: V vectors are added up by halves, in the same order each.
     template <int WIDTH = V / 2>
     static vec sums_of(vec (&part)[V]) {
@@ -359,48 +353,6 @@ private:
                     store(out + c, (load(from[p] + c) - mean[p]) * inverse[p] * load(scale + c) + load(shift + c));
             }
         }
-    }
-
-    // sums += a tile's products over inputs [first, last).
-    __attribute__((always_inline)) static inline void accumulate(const float* const (&row)[MR], const float* weight,
-                                                                 long first, long last, vec (&sums)[MR][2]) {
-        const float* w = weight + first * 2 * V;
-        for (long i = first; i < last; ++i, w += 2 * V) {
-            const vec w0 = load(w), w1 = load(w + V);
-#pragma GCC unroll 8
-            for (int r = 0; r < MR; ++r) {
-                sums[r][0] += row[r][i] * w0;
-                sums[r][1] += row[r][i] * w1;
-            }
-        }
-    }
-
-    // take(pixel, panel, first V outputs, next V outputs) for all n pixels of `input` (rows `stride` apart, readable up
-    // to a multiple of MR rows) and all panels of weights.
-    template <class Take>
-    static void product(const float* input, long stride, long n, long inputs, const float* weight, long panels,
-                        const Take& take) {
-        for (long panel = 0; panel < panels; ++panel, weight += inputs * 2 * V)
-            for (long first = 0; first < n; first += MR) {
-                const float* row[MR];
-                for (int r = 0; r < MR; ++r) row[r] = input + (first + r) * stride;
-                vec sums[MR][2] = {};
-                accumulate(row, weight, 0, std::min(inputs, BLOCK), sums);
-                for (long i = BLOCK; i < inputs; i += BLOCK) {
-                    vec part[MR][2] = {};
-                    accumulate(row, weight, i, std::min(inputs, i + BLOCK), part);
-                    for (int r = 0; r < MR; ++r) sums[r][0] += part[r][0], sums[r][1] += part[r][1];
-                }
-                const long m = std::min<long>(MR, n - first);
-                if (m == MR) {
-#pragma GCC unroll 8
-                    for (int r = 0; r < MR; ++r) take(first + r, panel, sums[r][0], sums[r][1]);
-                } else {
-#pragma GCC unroll 8
-                    for (int r = 0; r < MR; ++r)
-                        if (r < m) take(first + r, panel, sums[r][0], sums[r][1]);
-                }
-            }
     }
 
     // Depth-wise 3x3, gate and sums of one row of `columns` pixels. rows: those above, here and below, of which pixel 0

@@ -3,9 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace nafnet {
 namespace {
@@ -43,7 +47,13 @@ float* shared(long floats) {  // of all threads of a call
     return workspace.take(floats);
 }
 
+float* rounded(long floats) {  // of this thread: pixels in bfloat16
+    static thread_local Workspace workspace;
+    return workspace.take(floats);
+}
+
 namespace portable {
+#include "products.h"
 #include "engine.h"
 }
 
@@ -51,30 +61,51 @@ namespace portable {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
+#include "products.h"
 #include "engine.h"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")
 namespace avx512 {
+#include "products.h"
+#include "engine.h"
+}
+#pragma GCC pop_options
+#if defined(__linux__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")
+namespace amx {
+#include "products.h"
+#include "tiles.h"
 #include "engine.h"
 }
 #pragma GCC pop_options
 #endif
+#endif
 
 // Calls `part` of the engine for an instruction set.
-#if defined(__x86_64__)
-#define DISPATCH(part, ...)                                                      \
-    if (isa == Isa::avx512) return avx512::Engine<16, 8>::part(__VA_ARGS__);     \
-    if (isa == Isa::avx2) return avx2::Engine<8, 6>::part(__VA_ARGS__);          \
-    return portable::Engine<4, 4>::part(__VA_ARGS__)
+#if defined(__x86_64__) && defined(__linux__)
+#define DISPATCH_AMX(part, ...) \
+    if (isa == Isa::amx) return amx::Engine<amx::TileProducts>::part(__VA_ARGS__)
 #else
-#define DISPATCH(part, ...) return portable::Engine<4, 8>::part(__VA_ARGS__)  // 32 registers of four floats
+#define DISPATCH_AMX(part, ...)
+#endif
+#if defined(__x86_64__)
+#define DISPATCH(part, ...)                                                                                 \
+    DISPATCH_AMX(part, __VA_ARGS__);                                                                        \
+    if (isa == Isa::avx512) return avx512::Engine<avx512::FloatProducts<16, 8>>::part(__VA_ARGS__);         \
+    if (isa == Isa::avx2) return avx2::Engine<avx2::FloatProducts<8, 6>>::part(__VA_ARGS__);                \
+    return portable::Engine<portable::FloatProducts<4, 4>>::part(__VA_ARGS__)
+#else  // 32 registers of four floats
+#define DISPATCH(part, ...) return portable::Engine<portable::FloatProducts<4, 8>>::part(__VA_ARGS__)
 #endif
 
 }  // namespace
 
-int lanes(Isa isa) { return isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4; }
+int lanes(Isa isa) { return isa == Isa::amx || isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4; }
+
+long packed(Isa isa, long inputs) { return isa == Isa::amx ? (inputs + 31) / 32 * 16 : inputs; }
 
 long strip_width(const Shape& shape) {
     // Three rows of conv1's output, 2C channels each, stay in half a megabyte of cache.

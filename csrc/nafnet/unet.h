@@ -1,9 +1,13 @@
-// The U-Net of NAFNet's blocks with AdaLN on a CPU, in float32: the parts that dtpm_fast/runtime/cpu_unet.py strings
+// The U-Net of NAFNet's blocks with AdaLN on a CPU: the parts that dtpm_fast/runtime/cpu_unet.py strings
 // together. Maps are [samples][height][width][channels], contiguous; a 1x1 convolution is a matrix product.
 //
 // Weights come packed for the instruction set: [outputs / 2V][inputs][2V], V = lanes() floats of one vector, outputs
 // padded with zeros. Where a SimpleGate follows, the 2V outputs of a panel are V of the first half and their V partners
 // of the second half, so that the gate is a product of two registers.
+//
+// Everything is float32 but for the 1x1 and 2x2 convolutions under Isa::amx: those multiply in bfloat16 and sum in float32.
+// Their weights are pairs of bfloat16 numbers, of two neighbouring inputs, in the place of one float: [outputs / 2V]
+// [packed][2V] pairs, inputs padded with zeros.
 //
 // No result depends on the number of threads: every value is summed in one fixed order.
 #pragma once
@@ -13,6 +17,9 @@
 namespace nafnet {
 
 int lanes(Isa isa);
+
+// Rows of 2V floats, or pairs, in which a panel's weights come.
+long packed(Isa isa, long inputs);
 
 struct Shape {
     long samples, height, width, channels;

@@ -41,7 +41,8 @@ def choose_backend(
         if precision == "bfloat16":
             raise UserError("backend reference: runs in float32 only; use --backend fused for bfloat16")
         return Reference(model, steps), f"backend reference, float32: {why}"
-    dtype, why_dtype = choose_precision(precision, device)
+    blocks = native_form if name == "fused" and device.type == "cpu" else (lambda *_: None)
+    dtype, why_dtype = choose_precision(precision, device, lambda dtype: blocks(model, dtype))
     said = f"backend {name}: {why}; precision {str(dtype).removeprefix('torch.')}: {why_dtype}"
     if name == "compiled":
         return Compiled(model, steps, dtype), said
@@ -50,7 +51,7 @@ def choose_backend(
     if device.type == "cuda":
         plan = Plan(model, steps, dtype, "kernels")
         return (Graph(plan, device) if name == "graph" else plan), said
-    isa = native_form(model) if dtype == torch.float32 else None
+    isa = blocks(model, dtype)
     if isa is None:
         return Plan(model, steps, dtype), f"{said}; blocks in PyTorch"
     return Plan(model, steps, dtype, "native"), f"{said}; blocks compiled for {isa}"

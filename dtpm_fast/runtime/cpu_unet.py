@@ -1,4 +1,5 @@
-"""The folded U-Net on a CPU in float32, through the compiled module `dtpm_fast._nafnet` (csrc/nafnet).
+"""The folded U-Net on a CPU, through the compiled module `dtpm_fast._nafnet` (csrc/nafnet). Maps and sums are float32;
+where the CPU has tiles for it (Intel AMX), products can be in bfloat16.
 
 A block is two passes over its map, split where channel attention needs the mean of the whole picture. What the parts
 compute, how weights are packed and what is fused is said in csrc/nafnet/unet.h; the folding is FoldedUNet's own.
@@ -28,10 +29,12 @@ else:
         _nafnet = None
 
 
-def instruction_set(*widths: int) -> str | None:
-    """The best instruction set whose vectors these channels fill: "avx512", "avx2" or "portable"; None where there is
-    none, or no compiled module."""
-    sets = _nafnet.instruction_sets() if _nafnet is not None else []
+def instruction_set(dtype: torch.dtype, *widths: int) -> str | None:
+    """The best instruction set that multiplies this dtype and whose vectors these channels fill: "amx" for bfloat16;
+    "avx512", "avx2" or "portable" for float32. None where there is none, or no compiled module."""
+    if _nafnet is None or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    sets = _nafnet.instruction_sets(bfloat16=dtype == torch.bfloat16)
     return next((name for name, lanes in sets if all(width % lanes == 0 for width in widths)), None)
 
 
@@ -105,18 +108,20 @@ class CpuBlock(nn.Module):
             rank, channels = adapter.m_in.shape
             short = -rank % (2 * lanes)  # W_in's outputs fill panels
             if 2 * (rank + short) < channels:
-                adapter_in = _pack(adapter.m_in.float(), lanes)
+                adapter_in = _pack(adapter.m_in.float(), isa)
                 conv5 = torch.cat([F.pad(adapter.m_out.float(), (0, short)), conv5], dim=1)
             else:
                 conv5 = torch.cat([conv5, (adapter.m_out @ adapter.m_in).float()], dim=1)
         self.register_buffer("adapter", adapter_in)
         values = {
-            "conv1": _pack_gated(folded.w1.flatten(1), lanes), "conv1_bias": _pack_gated(folded.b1[:, None], lanes),
-            "depthwise": _pack_gated(folded.w2.flatten(1), lanes),
-            "depthwise_bias": _pack_gated(folded.b2[:, None], lanes),
-            "conv3": _pack(folded.w3, lanes), "conv3_bias": folded.b3,
-            "conv4": _pack_gated(folded.w4.flatten(1), lanes), "conv4_bias": _pack_gated(folded.b4[:, None], lanes),
-            "conv5": _pack(conv5, lanes), "conv5_bias": folded.b5,
+            "conv1": _pairs(_panels_gated(folded.w1.flatten(1), lanes), isa),
+            "conv1_bias": _panels_gated(folded.b1[:, None], lanes),
+            "depthwise": _panels_gated(folded.w2.flatten(1), lanes),
+            "depthwise_bias": _panels_gated(folded.b2[:, None], lanes),
+            "conv3": _pack(folded.w3, isa), "conv3_bias": folded.b3,
+            "conv4": _pairs(_panels_gated(folded.w4.flatten(1), lanes), isa),
+            "conv4_bias": _panels_gated(folded.b4[:, None], lanes),
+            "conv5": _pack(conv5, isa), "conv5_bias": folded.b5,
             "attention": folded.w_sca, "attention_bias": folded.b_sca,
         }  # fmt: skip
         for name, value in values.items():
@@ -155,7 +160,7 @@ class CpuPictureMap(PictureMap):
     def __init__(self, weight: Tensor, bias: Tensor, isa: str) -> None:
         super().__init__(weight, bias, torch.float32)
         self.isa, self.channels = isa, len(weight)
-        self.register_buffer("weight", _pack(self.weight.permute(0, 2, 3, 1).flatten(1), _lanes(isa)))
+        self.register_buffer("weight", _panels(self.weight.permute(0, 2, 3, 1).flatten(1), _lanes(isa)))
 
     def forward(self, picture: Tensor, instead: Tensor | None = None) -> Tensor:
         """With `instead` the map is a step's, and lasts until the next step; without, a picture's."""
@@ -175,12 +180,12 @@ class CpuUNet(FoldedUNet):
 
     def __init__(self, unet: UNet, adapters: dict[str, MergedAdapter], isa: str) -> None:
         super().__init__(unet, adapters, torch.float32, lambda block, adapter, _: CpuBlock(block, adapter, isa))
-        self.isa, lanes = isa, _lanes(isa)
+        self.isa = isa
         for name, weight in list(self.named_buffers(recurse=False)):
             if name.startswith("down") and name.endswith("_weight"):  # outputs by (row, column, channel)
-                self.register_buffer(name, _pack(weight.permute(0, 2, 3, 1).flatten(1), lanes))
+                self.register_buffer(name, _pack(weight.permute(0, 2, 3, 1).flatten(1), isa))
             elif name.startswith("up"):
-                self.register_buffer(name, _pack(weight, lanes))
+                self.register_buffer(name, _pack(weight, isa))
         self.register_buffer("ending_weight", self.ending_weight.permute(0, 2, 3, 1).contiguous())
 
     def forward(self, h: Tensor, rows: Tensor, bias_maps: dict[str, Tensor], mean: Mean = own_mean) -> Tensor:
@@ -221,18 +226,34 @@ def native_update(row: Tensor, x: Tensor, output: Tensor, previous: Tensor, y_ep
 
 
 def _lanes(isa: str) -> int:
-    return dict(_nafnet.instruction_sets())[isa]
+    return dict(_nafnet.instruction_sets(bfloat16=isa == "amx"))[isa]
 
 
-def _pack(weight: Tensor, lanes: int) -> Tensor:
+def _pack(weight: Tensor, isa: str) -> Tensor:
+    """A product's weights (outputs, inputs) for an instruction set."""
+    return _pairs(_panels(weight, _lanes(isa)), isa)
+
+
+def _panels(weight: Tensor, lanes: int) -> Tensor:
     """(outputs, inputs) to (panels, inputs, 2 lanes), outputs padded with zeros."""
     outputs, inputs = weight.shape
     padded = F.pad(weight, (0, 0, 0, -outputs % (2 * lanes)))
     return padded.view(-1, 2 * lanes, inputs).transpose(1, 2).contiguous()
 
 
-def _pack_gated(weight: Tensor, lanes: int) -> Tensor:
+def _panels_gated(weight: Tensor, lanes: int) -> Tensor:
     """(2C, inputs) to (panels, inputs, 2 lanes), a panel's outputs being `lanes` of the first half and their partners
     of the second."""
     outputs, inputs = weight.shape
     return weight.view(2, outputs // 2 // lanes, lanes, inputs).permute(1, 3, 0, 2).flatten(2).contiguous()
+
+
+def _pairs(panels: Tensor, isa: str) -> Tensor:
+    """Panels as they are, or for tiles (panels, inputs / 2, 2 lanes): two inputs in bfloat16 in the bits of a float32,
+    inputs padded with zeros to 32."""
+    if isa != "amx":
+        return panels
+    count, inputs, outputs = panels.shape
+    padded = F.pad(panels, (0, 0, 0, -inputs % 32)).to(torch.bfloat16)
+    pairs = padded.view(count, -1, 2, outputs).transpose(2, 3).contiguous()
+    return pairs.view(torch.float32).squeeze(3)

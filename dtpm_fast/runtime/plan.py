@@ -54,7 +54,7 @@ class Prepare(nn.Module):
             self.predictor = _unet(form, model.predictor, {}, dtype)
             blocks = [cast(NAFBlock, model.predictor.get_submodule(position)) for position in self.predictor.positions]
             affine = [p.detach() for b in blocks for norm in (b.norm1, b.norm2) for p in (norm.bias, norm.weight)]
-            self.register_buffer("affine_rows", torch.cat(affine)[None].to(dtype))
+            self.register_buffer("affine_rows", torch.cat(affine)[None].to(step.dtype))
             self.maps["predictor_intro"] = _map(form, model.predictor.intro.weight, model.predictor.intro.bias, dtype)
         intro = model.denoiser.intro
         self.maps["intro"] = _map(form, intro.weight[:, 3:], intro.bias, dtype)
@@ -114,7 +114,7 @@ class Step(nn.Module):
         form: Form,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.dtype = dtype
+        self.dtype = torch.float32 if form == "native" else dtype  # of maps
         self.unet = _unet(form, model.denoiser, adapters, dtype)
         intro = model.denoiser.intro
         assert intro.bias is not None
@@ -148,7 +148,7 @@ class Plan:
         steps: of the sampler.
         dtype: of maps and weights; x, y_eps and the sampler's update stay in the model's own.
         form: "folded", PyTorch's operators; "kernels", the fused kernels (channel attention takes its own mean then);
-            "native", the compiled parts for a CPU, float32 only (`native_form` says where they run).
+            "native", the compiled parts for a CPU (`native_form` says where they run), whose maps are float32 always.
 
     Raises `UserError` for a model of stage I and for gated adapters.
     """
@@ -207,21 +207,22 @@ class Plan:
         ]
 
 
-def native_form(model: DTPM) -> str | None:
-    """The instruction set that the compiled parts take for this model; None where they cannot run it."""
-    return instruction_set(model.config.width, *([model.config.predictor_width] if model.predictor is not None else []))
+def native_form(model: DTPM, dtype: torch.dtype) -> str | None:
+    """The instruction set that the compiled parts take for this model and dtype; None where they cannot run it."""
+    predictor = [model.config.predictor_width] if model.predictor is not None else []
+    return instruction_set(dtype, model.config.width, *predictor)
 
 
 def _map(form: Form, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PictureMap:
     assert bias is not None  # every convolution of a picture has one
-    isa = instruction_set(len(weight)) if form == "native" else None
+    isa = instruction_set(dtype, len(weight)) if form == "native" else None
     return PictureMap(weight, bias, dtype) if isa is None else CpuPictureMap(weight, bias, isa)
 
 
 def _unet(form: Form, unet: UNet, adapters: dict[str, MergedAdapter], dtype: torch.dtype) -> FoldedUNet:
     if form == "native":
-        isa = instruction_set(unet.intro.out_channels)
-        if isa is None or dtype != torch.float32:
+        isa = instruction_set(dtype, unet.intro.out_channels)
+        if isa is None:
             raise ValueError(f"the compiled parts cannot run {unet.intro.out_channels} channels in {dtype} here")
         return CpuUNet(unet, adapters, isa)
     return FoldedUNet(unet, adapters, dtype, KernelBlock if form == "kernels" else FoldedBlock)

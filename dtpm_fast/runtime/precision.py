@@ -1,5 +1,7 @@
 """Which number format the maps have: bfloat16 where the hardware multiplies it, and measured to win."""
 
+from collections.abc import Callable
+
 import torch
 
 from dtpm_fast.errors import UserError
@@ -7,8 +9,11 @@ from dtpm_fast.errors import UserError
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of maps and weights, and why. Raises `UserError` for an unknown name.
+def choose_precision(
+    name: str, device: torch.device, compiled_for: Callable[[torch.dtype], str | None] = lambda _: None
+) -> tuple[torch.dtype, str]:
+    """The dtype of maps and weights, and why; on a CPU, `compiled_for` says which instruction set the compiled blocks
+    take for a dtype, if they run in it. Raises `UserError` for an unknown name.
 
     The sampler's update, the picture and LN's statistics are float32 in either case.
     """
@@ -20,6 +25,10 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return torch.bfloat16, "this GPU multiplies it"
         return torch.float32, "this GPU does not multiply bfloat16"
+    if compiled_for(torch.bfloat16):
+        return torch.bfloat16, f"this CPU multiplies it ({compiled_for(torch.bfloat16)})"
+    if compiled_for(torch.float32):  # faster than PyTorch's operators in bfloat16: docs/runtime.md
+        return torch.float32, "what the compiled blocks take on this CPU"
     for unit in ("amx_bf16", "avx512_bf16"):
         if _cpu_has(unit):
             return torch.bfloat16, f"this CPU multiplies it ({unit})"

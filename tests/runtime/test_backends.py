@@ -89,6 +89,10 @@ def test_precision_follows_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen, why = choose_precision("auto", CPU)
         assert chosen == dtype
         assert "this CPU" in why
+    amx, avx2 = {torch.bfloat16: "amx", torch.float32: "avx512"}, {torch.float32: "avx2"}
+    monkeypatch.setattr("dtpm_fast.runtime.precision._cpu_has", lambda unit: True)
+    assert choose_precision("auto", CPU, amx.get) == (torch.bfloat16, "this CPU multiplies it (amx)")
+    assert choose_precision("auto", CPU, avx2.get)[0] == torch.float32  # not PyTorch's operators in bfloat16
     assert choose_precision("float32", CPU) == (torch.float32, "as asked")
 
 

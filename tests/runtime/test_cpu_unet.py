@@ -24,6 +24,8 @@ from dtpm_fast.runtime.unet import FoldedUNet, MergedAdapter, PictureMap, own_me
 _nafnet = pytest.importorskip("dtpm_fast._nafnet", reason="dtpm_fast._nafnet was not built, which needs OpenMP")
 
 ISAS = _nafnet.instruction_sets()
+TILES = _nafnet.instruction_sets(bfloat16=True)
+needs_tiles = pytest.mark.skipif(not TILES, reason="this CPU has no tiles that multiply bfloat16 (Intel AMX)")
 # Samples, channels, height, width: one pixel, odd sides, several bands and column strips, channels that fill no panel.
 SHAPES = [(1, 16, 1, 1), (3, 24, 5, 7), (1, 32, 67, 50), (2, 40, 1, 33), (1, 256, 3, 131), (1, 96, 9, 2)]
 
@@ -34,6 +36,15 @@ def inputs(samples: int, channels: int, height: int, width: int, offset: float) 
     block.beta.normal_(std=0.3)
     block.gamma.normal_(std=0.3)
     return block, [torch.randn(samples, height, width, channels) + offset, *torch.randn(4, samples, channels) * 0.3]
+
+
+def network_and_rows(width: int) -> tuple[Predictor, Tensor]:
+    """A network none of whose parts is zero, and the modulation rows of its blocks."""
+    network = Predictor(width, (1, 1), 1, (1, 1)).requires_grad_(False)
+    for name, parameter in network.named_parameters():
+        if name.endswith((".beta", ".gamma")) or name.startswith("ending"):
+            parameter.normal_(std=0.3)
+    return network, torch.randn(1, sum(4 * channels for channels in network.positions().values())) * 0.3 + 1
 
 
 def plain(block: DenoisingBlock, x: Tensor, rows: Sequence[Tensor], adapter: CGAdapter | None, y: Tensor) -> Tensor:
@@ -56,6 +67,10 @@ def compiled(
     return ours(x.clone(), (shift1, 1 + scale1, shift2, 1 + scale2), bias_map, 0, own_mean)
 
 
+def rounded(module: torch.nn.Module | None) -> torch.nn.Module | None:
+    return None if module is None else copy.deepcopy(module).bfloat16()
+
+
 def error(values: list[Tensor], truths: list[Tensor]) -> float:
     value, truth = torch.stack(values).double(), torch.stack(truths)
     return float((value - truth).norm() / truth.norm())
@@ -67,7 +82,7 @@ def error(values: list[Tensor], truths: list[Tensor]) -> float:
 def test_a_block_is_as_exact_as_eager(isa: str, lanes: int, shape: tuple[int, ...], adapted: bool) -> None:
     """Its relative error against the float64 oracle is at most 1.5 times eager's, over four draws together."""
     if shape[1] % lanes:
-        assert instruction_set(shape[1]) != isa
+        assert instruction_set(torch.float32, shape[1]) != isa
         return
     for offset in (0.0, 100.0):
         ours, eager, exact = [], [], []
@@ -84,15 +99,44 @@ def test_a_block_is_as_exact_as_eager(isa: str, lanes: int, shape: tuple[int, ..
         assert error(ours, exact) <= 1.5 * error(eager, exact)
 
 
+@needs_tiles
+@pytest.mark.parametrize("adapted", [False, True], ids=["alone", "adapter"])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] % 16 == 0] + [(2, 48, 6, 9)], ids=str)
+def test_a_block_on_tiles_is_more_exact_than_eager_bfloat16(shape: tuple[int, ...], adapted: bool) -> None:
+    """Only its products are rounded, and maps are not: three quarters of eager's error is a bound."""
+    for offset in (0.0, 100.0):
+        ours, eager, exact = [], [], []
+        for _ in range(4):
+            block, (x, *rows) = inputs(*shape, offset)
+            adapter = CGAdapter(shape[1], 0.25, "linear").requires_grad_(False) if adapted else None
+            if adapter is not None:
+                adapter.m_out.weight.normal_(std=0.1)
+            y = torch.rand(shape[0], 3, *shape[2:]) * 2 - 1
+            ours.append(compiled("amx", block, x, rows, adapter, y))
+            short = [t.bfloat16() for t in (x, *rows, y)]
+            eager.append(plain(rounded(block), short[0], short[1:5], rounded(adapter), short[5]))
+            doubles = [None if m is None else copy.deepcopy(m).double() for m in (block, adapter)]
+            exact.append(plain(doubles[0], x.double(), [r.double() for r in rows], doubles[1], y.double()))
+        assert error(ours, exact) <= 0.75 * error(eager, exact)
+
+
+@needs_tiles
+def test_the_whole_network_on_tiles_is_more_exact_than_folded_bfloat16() -> None:
+    network, rows = network_and_rows(32)
+    ours, eager, exact = [], [], []
+    for _ in range(4):
+        h = torch.randn(2, 12, 20, 32)
+        ours.append(CpuUNet(network, {}, "amx")(h.clone(), rows, {}))
+        eager.append(FoldedUNet(network, {}, torch.bfloat16)(h.bfloat16(), rows.bfloat16(), {}))
+        exact.append(FoldedUNet(network, {}, torch.float64)(h.double(), rows.double(), {}))
+    assert error(ours, exact) <= 0.75 * error(eager, exact)
+
+
 @pytest.mark.parametrize(("isa", "lanes"), ISAS)
 def test_the_whole_network_is_as_exact_as_folded_operators(isa: str, lanes: int) -> None:
     """Down, up and the ending as well, on a batch whose sides differ."""
     width = 2 * lanes
-    network = Predictor(width, (1, 1), 1, (1, 1)).requires_grad_(False)
-    for name, parameter in network.named_parameters():
-        if name.endswith((".beta", ".gamma")) or name.startswith("ending"):
-            parameter.normal_(std=0.3)
-    rows = torch.randn(1, sum(4 * channels for channels in network.positions().values())) * 0.3 + 1
+    network, rows = network_and_rows(width)
     ours, eager, exact = [], [], []
     for _ in range(4):
         h = torch.randn(2, 12, 20, width)
@@ -139,7 +183,8 @@ def test_an_update_keeps_nan() -> None:
         assert torch.equal(values.isnan(), output.isnan())
 
 
-def test_no_bit_depends_on_the_number_of_threads() -> None:
+@pytest.mark.parametrize("isa", [name for name, _ in ISAS[:1] + TILES])
+def test_no_bit_depends_on_the_number_of_threads(isa: str) -> None:
     block, (x, *rows) = inputs(2, 64, 70, 300, 0.0)  # several strips, bands and chunks
     assert _nafnet.strip_width(70, 300, 64) < 300
     kept = torch.get_num_threads()
@@ -147,7 +192,7 @@ def test_no_bit_depends_on_the_number_of_threads() -> None:
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            outputs.append(compiled(ISAS[0][0], block, x, rows, None, torch.zeros(2, 3, 70, 300)))
+            outputs.append(compiled(isa, block, x, rows, None, torch.zeros(2, 3, 70, 300)))
     finally:
         torch.set_num_threads(kept)
     assert all(torch.equal(output, outputs[0]) for output in outputs[1:])
@@ -193,6 +238,12 @@ def test_wrong_arrays_are_refused_and_not_read() -> None:
         _nafnet.down(ok, weight, bias, out, threads=0, isa="portable")
     with pytest.raises(ValueError, match="unknown instruction set neon"):
         _nafnet.down(ok, weight, bias, out, threads=1, isa="neon")
+    if TILES:  # their weights are pairs: half as many numbers
+        with pytest.raises(ValueError, match="weight: expected 1024 values, got 2048"):
+            _nafnet.down(ok, weight, bias, out, threads=1, isa="amx")
+    else:
+        with pytest.raises(RuntimeError, match="no amx"):
+            _nafnet.down(ok, weight, bias, out, threads=1, isa="amx")
 
 
 def test_fused_says_which_blocks_run_and_falls_back_to_pytorch(
@@ -202,9 +253,10 @@ def test_fused_says_which_blocks_run_and_falls_back_to_pytorch(
     steps = make_steps(config, 2)
     plan, why = choose_backend("fused", model, steps, torch.device("cpu"), "float32")
     assert isinstance(plan, Plan) and plan.form == "native"
-    assert why.endswith(f"blocks compiled for {native_form(model)}")
+    assert why.endswith(f"blocks compiled for {native_form(model, torch.float32)}")
     plan, why = choose_backend("fused", model, steps, torch.device("cpu"), "bfloat16")
-    assert isinstance(plan, Plan) and plan.form == "folded"
+    assert isinstance(plan, Plan) and plan.form == ("native" if native_form(model, torch.bfloat16) else "folded")
+    assert why.endswith("blocks compiled for amx" if TILES and plan.form == "native" else "blocks in PyTorch")
     odd, odd_config = random_model(width=18, adapter_ratio=0.5)
     plan, why = choose_backend("fused", odd, make_steps(odd_config, 2), torch.device("cpu"), "float32")
     assert isinstance(plan, Plan) and plan.form == "folded" and why.endswith("blocks in PyTorch")
@@ -218,7 +270,7 @@ def test_fused_says_which_blocks_run_and_falls_back_to_pytorch(
 def test_shipped_presets_fill_vectors() -> None:
     for preset in ("tiny", "light", "base"):
         config = Config.of(preset=preset).model
-        assert instruction_set(config.width, config.predictor_width) is not None
+        assert instruction_set(torch.float32, config.width, config.predictor_width) is not None
 
 
 def test_maps_are_kept_for_the_next_call_and_no_longer():

@@ -1,0 +1,112 @@
+// Products of pixels and weights in bfloat16, summed in float32, by a CPU's tiles (Intel AMX); everything else as with
+// AVX-512. Behind products.h, included like it.
+//
+// Three times 16 pixels by 32 outputs are summed at once: tiles 0 to 5. The assembler's names are written out, because the
+// compilers' functions for tiles differ in what memory they say they read.
+
+struct TileProducts : FloatProducts<16, 8> {
+    typedef unsigned bits __attribute__((vector_size(V * 4)));
+
+    // A thread's tiles, all of 16 rows of 64 bytes.
+    struct Ready {
+        Ready() {
+            struct alignas(64) {
+                unsigned char palette = 1, start_row = 0, reserved[14] = {};
+                unsigned short row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+                unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+            } shapes;
+            asm volatile("ldtilecfg %0" ::"m"(shapes));
+        }
+        ~Ready() { asm volatile("tilerelease" ::: "memory"); }
+        Ready(const Ready&) = delete;
+        Ready& operator=(const Ready&) = delete;
+    };
+
+    static long packed(long inputs) { return (inputs + 31) / 32 * 16; }  // a tile takes 16 pairs of inputs
+
+    static void scale(const float* weight, const float* by, long row, long inputs, float* to) {
+        const float even = 2 * row < inputs ? by[2 * row] : 0, odd = 2 * row < inputs ? by[2 * row + 1] : 0;
+        for (int i = 0; i < 2 * V; i += V) {
+            const bits pair = bits(load(weight + i));
+            store(to + i, vec(widened(vec(pair << 16) * even) | widened(vec(pair & 0xffff0000u) * odd) << 16));
+        }
+    }
+
+    // As FloatProducts::product, whose `input` is read up to row n only.
+    template <class Take>
+    static void product(const float* input, long stride, long n, long inputs, const float* weight, long panels,
+                        const Take& take) {
+        const long pairs = packed(inputs), row = pairs + V;  // in floats; V more keep rows out of one cache set
+        float* pixels = rounded((n + 15) / 16 * 16 * row);  // behind row n is what was there: its sums are not taken
+        for (long p = 0; p < n; ++p)
+            for (long i = 0; i < inputs; i += 2 * V) {
+                const float* from = input + p * stride + i;
+                const __m512 second = i + V < inputs ? _mm512_loadu_ps(from + V) : _mm512_setzero_ps();
+                const __m512bh both = _mm512_cvtne2ps_pbh(second, _mm512_loadu_ps(from));
+                std::memcpy(pixels + p * row + i / 2, &both, sizeof both);
+            }
+        for (long panel = 0; panel < panels; ++panel, weight += pairs * 2 * V) {
+            long first = 0;
+            for (; n - first > 32; first += 48)
+                tiles<3>(pixels + first * row, row, first, std::min(48L, n - first), pairs, weight, panel, take);
+            if (n - first > 16)
+                tiles<2>(pixels + first * row, row, first, n - first, pairs, weight, panel, take);
+            else if (n > first)
+                tiles<1>(pixels + first * row, row, first, n - first, pairs, weight, panel, take);
+        }
+    }
+
+private:
+    // 16 pixels `COUNT` times, of which n count.
+    template <int COUNT, class Take>
+    static void tiles(const float* pixels, long row, long first, long n, long pairs, const float* weight, long panel,
+                      const Take& take) {
+        constexpr int INPUTS = 6, WEIGHTS = 7;
+        zero<0>(), zero<1>();
+        if constexpr (COUNT > 1) zero<2>(), zero<3>();
+        if constexpr (COUNT > 2) zero<4>(), zero<5>();
+        for (long i = 0; i < pairs; i += 16) {
+            const float *from = pixels + i, *w = weight + i * 2 * V;
+            fill<WEIGHTS>(w, 2 * V);
+            fill<INPUTS>(from, row);
+            add<0, INPUTS, WEIGHTS>();
+            if constexpr (COUNT > 1) fill<INPUTS>(from + 16 * row, row), add<2, INPUTS, WEIGHTS>();
+            if constexpr (COUNT > 2) fill<INPUTS>(from + 32 * row, row), add<4, INPUTS, WEIGHTS>();
+            fill<WEIGHTS>(w + V, 2 * V);
+            if constexpr (COUNT > 2) add<5, INPUTS, WEIGHTS>(), fill<INPUTS>(from + 16 * row, row);
+            if constexpr (COUNT > 1) add<3, INPUTS, WEIGHTS>(), fill<INPUTS>(from, row);
+            add<1, INPUTS, WEIGHTS>();
+        }
+        alignas(64) float sums[COUNT * 16 * 2 * V];
+        keep<0>(sums), keep<1>(sums + V);
+        if constexpr (COUNT > 1) keep<2>(sums + 32 * V), keep<3>(sums + 33 * V);
+        if constexpr (COUNT > 2) keep<4>(sums + 64 * V), keep<5>(sums + 65 * V);
+        for (long p = 0; p < n; ++p) take(first + p, panel, load(sums + p * 2 * V), load(sums + p * 2 * V + V));
+    }
+
+    static bits widened(vec values) {  // as bfloat16, in the lower half of 32 bits
+        const __m256bh narrow = _mm512_cvtneps_pbh(__m512(values));
+        typedef unsigned short halves __attribute__((vector_size(V * 2)));
+        return __builtin_convertvector(halves(narrow), bits);
+    }
+
+    template <int TILE>
+    static void zero() {
+        asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
+    }
+
+    template <int TILE>
+    static void fill(const float* from, long row) {
+        asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row * 4), "i"(TILE) : "memory");
+    }
+
+    template <int TILE>
+    static void keep(float* to) {
+        asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(2L * V * 4), "i"(TILE) : "memory");
+    }
+
+    template <int SUM, int INPUTS, int WEIGHTS>
+    static void add() {
+        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(INPUTS), "i"(WEIGHTS));
+    }
+};
