@@ -54,7 +54,8 @@ from dtpm_fast.weights_file import load_model, read_weights, save_weights
 
 PLAIN = "plain NCHW"
 CPU_ROWS = [
-    PLAIN, "reference", "folded float32", "fused float32", "fused bfloat16", "compiled float32", "compiled bfloat16",
+    PLAIN, "reference", "folded float32", "folded bfloat16", "fused float32", "fused bfloat16", "compiled float32",
+    "compiled bfloat16",
 ]  # fmt: skip
 CUDA_ROWS = [
     PLAIN, "eager bfloat16", "reduce-overhead bfloat16", "compiled bfloat16", "fused bfloat16", "graph bfloat16",

@@ -4,7 +4,8 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)  // which knows no "#pragma GCC target"
+#define HAVE_TILES
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -14,7 +15,7 @@ enum class Isa { portable, avx2, avx512, amx };  // amx: AVX-512, and tiles that
 
 // Whether the CPU has tiles for bfloat16, and Linux lets this process use them.
 inline bool has_tiles() {
-#if defined(__x86_64__) && defined(__linux__)
+#ifdef HAVE_TILES
     static const bool found = [] {
         constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // of arch_prctl
         unsigned a, b, c, d;

@@ -7,7 +7,7 @@
 #include <memory>
 #include <new>
 #include <utility>
-#if defined(__x86_64__)
+#ifdef HAVE_TILES
 #include <immintrin.h>
 #endif
 
@@ -47,10 +47,12 @@ float* shared(long floats) {  // of all threads of a call
     return workspace.take(floats);
 }
 
+#ifdef HAVE_TILES
 float* rounded(long floats) {  // of this thread: pixels in bfloat16
     static thread_local Workspace workspace;
     return workspace.take(floats);
 }
+#endif
 
 namespace portable {
 #include "products.h"
@@ -72,7 +74,7 @@ namespace avx512 {
 #include "engine.h"
 }
 #pragma GCC pop_options
-#if defined(__linux__)
+#ifdef HAVE_TILES
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")
 namespace amx {
@@ -85,7 +87,7 @@ namespace amx {
 #endif
 
 // Calls `part` of the engine for an instruction set.
-#if defined(__x86_64__) && defined(__linux__)
+#ifdef HAVE_TILES
 #define DISPATCH_AMX(part, ...) \
     if (isa == Isa::amx) return amx::Engine<amx::TileProducts>::part(__VA_ARGS__)
 #else

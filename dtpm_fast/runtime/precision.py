@@ -27,7 +27,7 @@ def choose_precision(
         return torch.float32, "this GPU does not multiply bfloat16"
     if compiled_for(torch.bfloat16):
         return torch.bfloat16, f"this CPU multiplies it ({compiled_for(torch.bfloat16)})"
-    if compiled_for(torch.float32):  # faster than PyTorch's operators in bfloat16: docs/runtime.md
+    if compiled_for(torch.float32):  # no slower than PyTorch's operators in bfloat16 (docs/runtime.md), and exact
         return torch.float32, "what the compiled blocks take on this CPU"
     for unit in ("amx_bf16", "avx512_bf16"):
         if _cpu_has(unit):
