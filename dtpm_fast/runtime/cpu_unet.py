@@ -1,5 +1,5 @@
 """The folded U-Net on a CPU, through the compiled module `dtpm_fast._nafnet` (csrc/nafnet). Maps and sums are float32;
-where the CPU has tiles for it (Intel AMX), products can be in bfloat16.
+where the CPU has a unit for it (Intel AMX), products can be in bfloat16.
 
 A block is two passes over its map, split where channel attention needs the mean of the whole picture. What the parts
 compute, how weights are packed and what is fused is said in csrc/nafnet/unet.h; the folding is FoldedUNet's own.
@@ -249,7 +249,7 @@ def _panels_gated(weight: Tensor, lanes: int) -> Tensor:
 
 
 def _pairs(panels: Tensor, isa: str) -> Tensor:
-    """Panels as they are, or for tiles (panels, inputs / 2, 2 lanes): two inputs in bfloat16 in the bits of a float32,
+    """Panels as they are, or for AMX (panels, inputs / 2, 2 lanes): two inputs in bfloat16 in the bits of a float32,
     inputs padded with zeros to 32."""
     if isa != "amx":
         return panels
