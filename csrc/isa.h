@@ -4,7 +4,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)  // which knows no "#pragma GCC target"
+#if defined(__x86_64__) && defined(__linux__)
 #define HAVE_TILES
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -32,6 +32,7 @@ inline bool has_tiles() {
 inline bool supports(Isa isa) {
     if (isa == Isa::amx) return supports(Isa::avx512) && has_tiles();
 #if defined(__x86_64__)
+    __builtin_cpu_init();
     if (isa == Isa::avx512)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");

@@ -20,8 +20,7 @@ public:
         const long pixel = 2 * C + PAD, slots = group + 2, row_size = (std::min(strip, s.width) + 2) * pixel;
         const long tasks = s.samples * bands * strips;
         float* sums = shared(s.samples * s.height * strips * C);  // of each row and strip
-#pragma omp parallel num_threads(threads)
-        {
+        const auto work = [&] {  // of one thread
             [[maybe_unused]] const typename Products::Ready ready;
             float* ring = scratch((slots + 1) * row_size + PANEL * (C + PAD));
             float* zeros = ring + slots * row_size;
@@ -74,7 +73,9 @@ public:
                     }
                 }
             }
-        }
+        };
+#pragma omp parallel num_threads(threads)
+        work();
         for (long sample = 0; sample < s.samples; ++sample)
             for (long c = 0; c < C; ++c) {
                 double total = 0;
@@ -96,8 +97,7 @@ public:
         const long inputs = adapter ? rank + C : bias_map ? 2 * C : C;
         float* attended = shared(s.samples * (size + C));  // conv3 with the sample's channel attention in its columns
         float* by = attended + s.samples * size;
-#pragma omp parallel num_threads(threads)
-        {
+        const auto work = [&] {  // of one thread
             [[maybe_unused]] const typename Products::Ready ready;
             float* input_row = scratch(PANEL * (wide + 2 * (C + PAD)));
             float* normal = input_row + PANEL * wide;
@@ -161,7 +161,9 @@ public:
                             });
                 }
             }
-        }
+        };
+#pragma omp parallel num_threads(threads)
+        work();
     }
 
     static void down(const Shape& s, const float* x, const float* weight, const float* bias, float* out, int threads) {
@@ -169,8 +171,7 @@ public:
         const long chunk = chunk_for(pixels, s.samples, threads), chunks = (pixels + chunk - 1) / chunk;
         // A panel of 4C inputs has to fit into the cache of a core beside the weights.
         const long panel_pixels = C > 128 ? PANEL / 2 : PANEL;
-#pragma omp parallel num_threads(threads)
-        {
+        const auto work = [&] {  // of one thread
             [[maybe_unused]] const typename Products::Ready ready;
             float* input = scratch(PANEL * stride);
 #pragma omp for schedule(dynamic, 1)
@@ -193,14 +194,15 @@ public:
                     });
                 }
             }
-        }
+        };
+#pragma omp parallel num_threads(threads)
+        work();
     }
 
     static void up(const Shape& s, const float* x, const float* weight, float* skip, int threads) {
         const long C = s.channels, half = C / 2, pixels = s.height * s.width;
         const long chunk = chunk_for(pixels, s.samples, threads), chunks = (pixels + chunk - 1) / chunk;
-#pragma omp parallel num_threads(threads)
-        {
+        const auto work = [&] {  // of one thread
             [[maybe_unused]] const typename Products::Ready ready;
             float* input = scratch(PANEL * (C + PAD));
 #pragma omp for schedule(dynamic, 1)
@@ -225,15 +227,16 @@ public:
                     });
                 }
             }
-        }
+        };
+#pragma omp parallel num_threads(threads)
+        work();
     }
 
     static void intro(const Shape& s, const float* picture, const float* weight, const float* addend,
                       long addend_pixel, float* out, int threads) {
         const long C = s.channels, pixels = s.height * s.width, panels = (C + 2 * V - 1) / (2 * V);
         const long length = s.width + 2 + MR;  // zeros at both ends, because a tile reads MR pixels
-#pragma omp parallel num_threads(threads)
-        {
+        const auto work = [&] {  // of one thread
             float* lines = scratch(9 * length);  // the rows above, here and below, of each colour
 #pragma omp for schedule(static)
             for (long row = 0; row < s.samples * s.height; ++row) {
@@ -275,7 +278,9 @@ public:
                     }
                 }
             }
-        }
+        };
+#pragma omp parallel num_threads(threads)
+        work();
     }
 
     static void ending(const Shape& s, const float* x, const float* weight, const float* bias, float* picture,

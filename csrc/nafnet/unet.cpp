@@ -60,29 +60,26 @@ namespace portable {
 }
 
 #if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#include "../target/avx2.h"
 namespace avx2 {
 #include "products.h"
 #include "engine.h"
 }
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")
+#include "../target/end.h"
+#include "../target/avx512.h"
 namespace avx512 {
 #include "products.h"
 #include "engine.h"
 }
-#pragma GCC pop_options
+#include "../target/end.h"
 #ifdef HAVE_TILES
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")
+#include "../target/amx.h"
 namespace amx {
 #include "products.h"
 #include "tiles.h"
 #include "engine.h"
 }
-#pragma GCC pop_options
+#include "../target/end.h"
 #endif
 #endif
 

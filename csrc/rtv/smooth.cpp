@@ -40,18 +40,16 @@ namespace portable {
 }
 
 #if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#include "../target/avx2.h"
 namespace avx2 {
 #include "engine.h"
 }
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")
+#include "../target/end.h"
+#include "../target/avx512.h"
 namespace avx512 {
 #include "engine.h"
 }
-#pragma GCC pop_options
+#include "../target/end.h"
 #endif
 
 template <template <class, int, int> class Engine, class Real, int V>
