@@ -104,7 +104,12 @@ namespace amx {
 
 int lanes(Isa isa) { return isa == Isa::amx || isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4; }
 
-long packed(Isa isa, long inputs) { return isa == Isa::amx ? (inputs + 31) / 32 * 16 : inputs; }
+long packed([[maybe_unused]] Isa isa, long inputs) {
+#ifdef HAVE_TILES
+    if (isa == Isa::amx) return amx::TileProducts::packed(inputs);
+#endif
+    return inputs;
+}
 
 long strip_width(const Shape& shape) {
     // Three rows of conv1's output, 2C channels each, stay in half a megabyte of cache.

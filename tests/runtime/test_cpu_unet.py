@@ -67,8 +67,23 @@ def compiled(
     return ours(x.clone(), (shift1, 1 + scale1, shift2, 1 + scale2), bias_map, 0, own_mean)
 
 
-def rounded(module: torch.nn.Module | None) -> torch.nn.Module | None:
-    return None if module is None else copy.deepcopy(module).bfloat16()
+def drawn(
+    shape: tuple[int, ...], offset: float, adapted: bool
+) -> tuple[DenoisingBlock, Tensor, list[Tensor], CGAdapter | None, Tensor]:
+    """What `plain` and `compiled` take: block, x, rows, adapter, y."""
+    block, (x, *rows) = inputs(*shape, offset)
+    adapter = CGAdapter(shape[1], 0.25, "linear").requires_grad_(False) if adapted else None
+    if adapter is not None:
+        adapter.m_out.weight.normal_(std=0.1)
+    return block, x, rows, adapter, torch.rand(shape[0], 3, *shape[2:]) * 2 - 1
+
+
+def plain_in(
+    dtype: torch.dtype, block: DenoisingBlock, x: Tensor, rows: Sequence[Tensor], adapter: CGAdapter | None, y: Tensor
+) -> Tensor:
+    """`plain` with everything in this dtype."""
+    block, adapter = (None if m is None else copy.deepcopy(m).to(dtype) for m in (block, adapter))
+    return plain(block, x.to(dtype), [row.to(dtype) for row in rows], adapter, y.to(dtype))
 
 
 def error(values: list[Tensor], truths: list[Tensor]) -> float:
@@ -87,15 +102,10 @@ def test_a_block_is_as_exact_as_eager(isa: str, lanes: int, shape: tuple[int, ..
     for offset in (0.0, 100.0):
         ours, eager, exact = [], [], []
         for _ in range(4):
-            block, (x, *rows) = inputs(*shape, offset)
-            adapter = CGAdapter(shape[1], 0.25, "linear").requires_grad_(False) if adapted else None
-            if adapter is not None:
-                adapter.m_out.weight.normal_(std=0.1)
-            y = torch.rand(shape[0], 3, *shape[2:]) * 2 - 1
+            block, x, rows, adapter, y = drawn(shape, offset, adapted)
             ours.append(compiled(isa, block, x, rows, adapter, y))
             eager.append(plain(block, x, rows, adapter, y))
-            doubles = [None if m is None else copy.deepcopy(m).double() for m in (block, adapter)]
-            exact.append(plain(doubles[0], x.double(), [r.double() for r in rows], doubles[1], y.double()))
+            exact.append(plain_in(torch.float64, block, x, rows, adapter, y))
         assert error(ours, exact) <= 1.5 * error(eager, exact)
 
 
@@ -107,16 +117,10 @@ def test_a_block_on_tiles_is_more_exact_than_eager_bfloat16(shape: tuple[int, ..
     for offset in (0.0, 100.0):
         ours, eager, exact = [], [], []
         for _ in range(4):
-            block, (x, *rows) = inputs(*shape, offset)
-            adapter = CGAdapter(shape[1], 0.25, "linear").requires_grad_(False) if adapted else None
-            if adapter is not None:
-                adapter.m_out.weight.normal_(std=0.1)
-            y = torch.rand(shape[0], 3, *shape[2:]) * 2 - 1
+            block, x, rows, adapter, y = drawn(shape, offset, adapted)
             ours.append(compiled("amx", block, x, rows, adapter, y))
-            short = [t.bfloat16() for t in (x, *rows, y)]
-            eager.append(plain(rounded(block), short[0], short[1:5], rounded(adapter), short[5]))
-            doubles = [None if m is None else copy.deepcopy(m).double() for m in (block, adapter)]
-            exact.append(plain(doubles[0], x.double(), [r.double() for r in rows], doubles[1], y.double()))
+            eager.append(plain_in(torch.bfloat16, block, x, rows, adapter, y))
+            exact.append(plain_in(torch.float64, block, x, rows, adapter, y))
         assert error(ours, exact) <= 0.75 * error(eager, exact)
 
 
