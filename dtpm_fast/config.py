@@ -88,8 +88,9 @@ class TrainConfig:
     clip_grad: float = 1.0  # largest gradient norm; 0 turns clipping off
     ema: float = 0.9999  # reached gradually: min(ema, (1 + step) / (10 + step))
     # What stage II trains of the prior: nothing ("adapters", the paper), or table 6's fine-tuning rows; "all" is for
-    # "w/o Stage I Training". "predictor" trains the initial predictor alone, on its own loss: a cheap start.
-    tune: Literal["adapters", "predictor", "encoder", "decoder", "encoder_decoder", "all"] = "adapters"
+    # "w/o Stage I Training". "predictor" trains the initial predictor alone, on its own loss: a cheap start;
+    # "adapters_only" the adapters behind a predictor that stays as --init gave it.
+    tune: Literal["adapters", "adapters_only", "predictor", "encoder", "decoder", "encoder_decoder", "all"] = "adapters"
     predictor_loss: float = 0.0  # weight of a loss on the predictor itself; 0 as in the paper
     # That loss's norm. L1 lets a predictor rest at y_eps = y_d where a degradation leaves most pixels as they are; L2
     # sees the worst samples above all; "psnr" is NAFNet's: every sample's dB count the same, whatever it still lacks.

@@ -16,7 +16,7 @@ from dtpm_fast.training.freeze import freeze
 from dtpm_fast.training.loop import Run, train
 from dtpm_fast.training.sources import stage1_source, stage2_source
 from dtpm_fast.training.world import World
-from dtpm_fast.weights_file import fill, fill_trained, read_weights
+from dtpm_fast.weights_file import fill, fill_start, read_weights
 
 EXAMPLES = """examples:
   python -m dtpm_fast.train --stage 1 --data photos --output runs/prior --set crop=96 batch_size=8 steps=2000
@@ -62,7 +62,7 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prior", help="stage 1 weights that stage 2 starts from: a file, or light, the prior that ships"
     )
-    parser.add_argument("--init", type=Path, help="weights whose trained part this run starts from (fine-tuning)")
+    parser.add_argument("--init", type=Path, help="weights that this run starts from (fine-tuning)")
     parser.add_argument("--smoothed", type=Path, help="stage 1: the photos as dtpm-smooth wrote them (else on the fly)")
     parser.add_argument("--synthetic", type=Path, help="stage 2: clean photos to degrade, beside the real pairs")
     parser.add_argument("--split-file", type=Path, help="stage 2: CSV or list that says which pictures train and test")
@@ -97,7 +97,7 @@ def _train(args: argparse.Namespace) -> Path:
     model = _build(args, config, prior)
     freeze(model, config.train.tune)
     if init is not None:
-        fill_trained(model, init)
+        fill_start(model, init)
     if args.stage == 1:
         source = stage1_source(args.data, args.smoothed, args.validation, config.train, world.checks_data)
     else:

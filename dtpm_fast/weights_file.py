@@ -151,12 +151,16 @@ def fill(model: DTPM, weights: Weights) -> None:
     model.load_state_dict(weights.tensors, strict=False)
 
 
-def fill_trained(model: DTPM, weights: Weights) -> None:
-    """Copy what of the file this model trains (`requires_grad`): the denoiser of a file of either stage into stage I,
-    adapters and predictor of any task into stage II. Raises `UserError` naming the first tensor that is missing or does
-    not fit."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, parameter in trained.items():
+def fill_start(model: DTPM, weights: Weights) -> None:
+    """Copy what of the file a run starts from: what this model trains (`requires_grad`), which is the denoiser of a
+    file of either stage in stage I; in stage II adapters and predictor of any task too, whether they train or not.
+    Raises `UserError` naming the first tensor that is missing or does not fit."""
+    start = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.requires_grad or (model.stage == 2 and name.startswith(("adapters.", "predictor.")))
+    }
+    for name, parameter in start.items():
         found = weights.tensors.get(name)
         if found is None or found.shape != parameter.shape:
             had = "no such tensor" if found is None else f"shape {tuple(found.shape)}"
@@ -164,4 +168,4 @@ def fill_trained(model: DTPM, weights: Weights) -> None:
                 f"{weights.path}: cannot start from it: {name} has shape {tuple(parameter.shape)} here, the file has "
                 f"{had} (it holds stage {weights.stage} of preset {weights.config.model.preset})"
             )
-    model.load_state_dict({name: weights.tensors[name] for name in trained}, strict=False)
+    model.load_state_dict({name: weights.tensors[name] for name in start}, strict=False)

@@ -7,7 +7,7 @@ from dtpm_fast.errors import UserError
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.training.freeze import freeze
 from dtpm_fast.training.pack import pack
-from dtpm_fast.weights_file import fill, fill_trained, load_model, read_weights, save_weights, sha256
+from dtpm_fast.weights_file import fill, fill_start, load_model, read_weights, save_weights, sha256
 
 
 def make(preset="tiny", stage=2, **settings):
@@ -92,22 +92,25 @@ def test_packing_splits_a_task_from_its_prior(tmp_path):
     assert not (shipped / "again.safetensors").exists()
 
 
-def test_fine_tuning_takes_what_trains(tmp_path):
+@pytest.mark.parametrize("tune", ["adapters", "adapters_only", "predictor"])
+def test_fine_tuning_starts_from_adapters_and_predictor_whichever_trains(tmp_path, tune):
     torch.manual_seed(0)
     first, config = make()
     second, _ = make()
     for parameter in first.parameters():
         torch.nn.init.normal_(parameter)
     save_weights(tmp_path / "w.safetensors", first.state_dict(), config, 2, "derain")
-    freeze(second, "predictor")
-    fill_trained(second, read_weights(tmp_path / "w.safetensors"))
+    freeze(second, tune)
+    fill_start(second, read_weights(tmp_path / "w.safetensors"))
     own, given = second.state_dict(), first.state_dict()
     for name, value in own.items():
-        assert torch.equal(value, given[name]) == name.startswith("predictor.")
+        assert torch.equal(value, given[name]) == name.startswith(("adapters.", "predictor."))
+    trained = {name.split(".")[0] for name, p in second.named_parameters() if p.requires_grad}
+    assert trained == {"adapters": {"adapters", "predictor"}, "adapters_only": {"adapters"}}.get(tune, {tune})
     prior, _ = make(stage=1)
     save_weights(tmp_path / "prior.safetensors", prior.state_dict(), config, 1)
-    with pytest.raises(UserError, match=r"cannot start from it: predictor\..* the file has no such tensor"):
-        fill_trained(second, read_weights(tmp_path / "prior.safetensors"))
+    with pytest.raises(UserError, match=r"cannot start from it: (adapters|predictor)\..* the file has no such tensor"):
+        fill_start(second, read_weights(tmp_path / "prior.safetensors"))
 
 
 def test_damaged_and_foreign_files(tmp_path):

@@ -222,6 +222,26 @@ def test_a_predictor_trained_before_there_is_a_prior(photos, tmp_path, tiny, cap
         torch.testing.assert_close(value, files[source][name], rtol=0, atol=1e-20)
 
 
+def test_what_does_not_train_stays_as_init_gave_it(photos, tmp_path, tiny):
+    settings = [*tiny, "steps=2", "lr=1e-2", "validation_images=0"]
+    assert stage1(photos, tmp_path / "prior", settings) == 0
+    prior = ["--prior", str(tmp_path / "prior" / "weights.safetensors")]
+    runs: dict[str, dict[str, torch.Tensor]] = {}
+    init: list[str] = []
+    for tune in ("adapters", "adapters_only", "predictor"):
+        assert stage2(photos, tmp_path / tune, [*settings, f"tune={tune}"], *prior, *init) == 0
+        file = tmp_path / tune / "weights.safetensors"
+        runs[tune], init = load_file(file), ["--init", str(file)]
+    for earlier, later, moved in [
+        ("adapters", "adapters_only", "adapters."),
+        ("adapters_only", "predictor", "predictor."),
+    ]:
+        for name, value in runs[earlier].items():
+            assert name.startswith(moved) or torch.equal(runs[later][name], value), name
+        of = [name for name in runs[earlier] if name.startswith(moved) and name.endswith("weight")]
+        assert of and not any(torch.equal(runs[later][name], runs[earlier][name]) for name in of)
+
+
 def test_wrong_uses_are_one_line_each(photos, tmp_path, tiny, capsys):
     prior = tmp_path / "prior" / "weights.safetensors"
     assert stage1(photos, tmp_path / "prior", [*tiny, "steps=2", "validation_images=0"]) == 0
