@@ -88,16 +88,28 @@ def _train(args: argparse.Namespace) -> Path:
     if prior is not None:
         defaults = {**asdict(prior.config.model), **asdict(prior.config.diffusion)}
     init = None if args.init is None else read_weights(args.init)
-    if init is not None and init.stage == args.stage == 2:  # what its adapters were trained for, and no shape shows
-        for name in ("sigma_data", "condition", "code_source"):
-            defaults[name] = getattr(init.config.model, name)
+    if init is not None:
+        defaults |= _no_shape_shows(init, prior)
     config = Config.load(args.config, args.settings, defaults)
+    if config.train.validation_steps > config.diffusion.timesteps:
+        raise UserError(
+            f"validation_steps = {config.train.validation_steps}: a schedule of timesteps = "
+            f"{config.diffusion.timesteps} has no more steps"
+        )
     if args.stage == 1 and config.train.tune != "adapters":
         raise UserError(f"tune = {config.train.tune!r}: belongs to stage 2; stage 1 trains the whole denoiser")
+    if config.train.tune == "adapters_only" and init is None and not args.resume:
+        raise UserError("tune = 'adapters_only': the predictor would stay untrained; --init gives one that is trained")
     model = _build(args, config, prior)
     freeze(model, config.train.tune)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trained:
+        raise UserError(
+            f"tune = {config.train.tune!r} with predictor = {config.model.predictor!r} and adapter_positions = "
+            f"{config.model.adapter_positions!r}: leaves nothing to train"
+        )
     if init is not None:
-        fill_start(model, init)
+        fill_start(model, init, has_prior=prior is not None)
     if args.stage == 1:
         source = stage1_source(args.data, args.smoothed, args.validation, config.train, world.checks_data)
     else:
@@ -105,7 +117,6 @@ def _train(args: argparse.Namespace) -> Path:
         source = stage2_source(
             task, args.data, args.split_file, args.synthetic, args.validation, config.train, world.checks_data
         )
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     world.say(f"data: {source.about}; validation on {len(source.validation)} crops")
     world.say(
         f"model: {config.model.preset}, {trained / 1e6:.2f}M parameters train, sigma_data {config.model.sigma_data:g}"
@@ -119,6 +130,14 @@ def _train(args: argparse.Namespace) -> Path:
     weights = train(run, args.resume)
     world.say(f"written: {weights}")
     return weights
+
+
+def _no_shape_shows(init: Any, prior: Any) -> dict[str, Any]:
+    """What of the file's config its tensors were trained for, though they would fit another."""
+    names = [] if prior is not None else ["parameterization", "sigma_data"]  # of the denoiser
+    if any(t.any() for name, t in init.tensors.items() if name.startswith("adapters.") and ".m_out." in name):
+        names += ["sigma_data", "condition", "code_source"]
+    return {name: getattr(init.config.model, name) for name in names}
 
 
 def _build(args: argparse.Namespace, config: Config, prior: Any) -> DTPM:

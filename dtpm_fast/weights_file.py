@@ -151,14 +151,14 @@ def fill(model: DTPM, weights: Weights) -> None:
     model.load_state_dict(weights.tensors, strict=False)
 
 
-def fill_start(model: DTPM, weights: Weights) -> None:
-    """Copy what of the file a run starts from: what this model trains (`requires_grad`), which is the denoiser of a
-    file of either stage in stage I; in stage II adapters and predictor of any task too, whether they train or not.
-    Raises `UserError` naming the first tensor that is missing or does not fit."""
+def fill_start(model: DTPM, weights: Weights, has_prior: bool = False) -> None:
+    """Copy what of the file a run starts from: the denoiser of a file of either stage, where it trains and comes from
+    no prior; adapters and predictor of any task, whether they train or not. Raises `UserError` naming the first
+    tensor that is missing or does not fit."""
     start = {
         name: p
         for name, p in model.named_parameters()
-        if p.requires_grad or (model.stage == 2 and name.startswith(("adapters.", "predictor.")))
+        if name.startswith(("adapters.", "predictor.")) or (p.requires_grad and not has_prior)
     }
     for name, parameter in start.items():
         found = weights.tensors.get(name)

@@ -113,6 +113,23 @@ def test_fine_tuning_starts_from_adapters_and_predictor_whichever_trains(tmp_pat
         fill_start(second, read_weights(tmp_path / "prior.safetensors"))
 
 
+@pytest.mark.parametrize("tune", ["all", "encoder"])
+def test_a_prior_is_not_overwritten_by_a_start(tmp_path, tune):
+    first, config = make()
+    save_weights(tmp_path / "w.safetensors", first.state_dict(), config, 2, "derain")
+    for has_prior in (True, False):
+        model, _ = make()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        freeze(model, tune)
+        fill_start(model, read_weights(tmp_path / "w.safetensors"), has_prior)
+        kept = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+        denoiser = {name for name, p in model.named_parameters() if name.startswith("denoiser.")}
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert kept & denoiser == (denoiser if has_prior else denoiser - trained)
+
+
 def test_damaged_and_foreign_files(tmp_path):
     text = tmp_path / "text.safetensors"
     text.write_text("this is no safetensors file at all")

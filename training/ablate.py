@@ -92,6 +92,13 @@ def ablate(
         "photos": str(photos), "task": task, "data": str(data), "split_file": split_file and str(split_file),
         "settings": list(settings), "prior_settings": list(prior_settings),
     }  # fmt: skip
+    for folder in (photos, data):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+    for row in (ROWS[key] for key in rows):  # an error in any of them comes before the first one trains
+        if Config.load(None, [*settings, *row.both, *row.stage2]).train.validation_images == 0:
+            raise UserError("validation_images = 0: the rows are compared on validation images; set at least 1")
+        Config.load(None, [*settings, *prior_settings, *row.both])
     _keep_to(output / "settings.json", asked)
     results = []
     for key in rows:
@@ -119,8 +126,6 @@ def measure(weights: Path, task: str, data: Path, split_file: Path | None, devic
     where, _ = choose_device(device)
     model, config = load_model(found, stage=2).to(where), found.config
     pairs = stage2_source(task, data, split_file, None, None, config.train, check=False).validation
-    if not pairs:
-        raise UserError("validation_images = 0: the rows are compared on validation images; set at least 1")
     protocol = PROTOCOLS[default_protocol(task)]
     lpips = _lpips(where) if config.train.crop >= 64 else None
     generator = torch.Generator().manual_seed(0)

@@ -25,7 +25,6 @@ from dtpm_fast.data.crops import PhotoCrops
 from dtpm_fast.device import choose_device
 from dtpm_fast.errors import UserError
 from dtpm_fast.model.semantic import (
-    COMPACT_FILE,
     SemanticEncoder,
     compact_encoder,
     load_resnet18,
@@ -78,7 +77,7 @@ class MobileNetV2(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def distill(teacher: nn.Module, teacher_channels: int, photos: Path, held_out: Path, args: argparse.Namespace) -> int:
+def distill(teacher: nn.Module, teacher_channels: int, output: Path, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     device, why = choose_device(args.device)
     print(f"device: {why}")
@@ -91,9 +90,9 @@ def distill(teacher: nn.Module, teacher_channels: int, photos: Path, held_out: P
         with torch.autocast(device.type, torch.bfloat16):
             return teacher(image).float()
 
-    crops = PhotoCrops(photos, args.crop, args.seed)
+    crops = PhotoCrops(args.data, args.crop, args.seed)
     loader = DataLoader(crops, args.batch_size, sampler=range(args.steps * args.batch_size), num_workers=args.workers)
-    validation = PhotoCrops(held_out, args.crop, args.seed + 1)
+    validation = PhotoCrops(args.held_out, args.crop, args.seed + 1)
     unseen = torch.stack([validation[i] for i in range(args.validation)]).to(device)
     with torch.no_grad():
         centre = taught(torch.stack([crops[i] for i in range(10**9, 10**9 + 128)]).to(device)).mean(0)
@@ -120,14 +119,11 @@ def distill(teacher: nn.Module, teacher_channels: int, photos: Path, held_out: P
     cosine = F.cosine_similarity(guess, target).mean().item()
     neighbours = (_nearest(student(unseen)) == _nearest(target)).float().mean().item()
     state = {k: v.half() if v.is_floating_point() else v for k, v in student.cpu().state_dict().items()}
-    with atomic_path(args.output) as temporary:
-        save_file({k: v.contiguous() for k, v in state.items()}, temporary, {"format": "dtpm-fast-compact-1"})
+    save_file({k: v.contiguous() for k, v in state.items()}, output, {"format": "dtpm-fast-compact-1"})
     print(
         f"agreement on {args.validation} crops of unseen photos: cosine {cosine:.3f}, "
         f"same nearest neighbour {neighbours:.1%}"
     )
-    print(f"written: {args.output}")
-    return 0
 
 
 @torch.no_grad()
@@ -162,14 +158,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dtpm_fast.training.distill",
         description="Distil the compact semantic encoder (0.93M parameters) from a pretrained network.",
-        epilog="example: python -m dtpm_fast.training.distill --teacher resnet18 --data photos --held-out more",
+        epilog="example: python -m dtpm_fast.training.distill --teacher resnet18 --data photos --held-out more "
+        "--output compact.safetensors",
     )
     parser.add_argument("--teacher", required=True, help="resnet18 (torchvision's weights), or a MobileNetV2 as .npz")
     parser.add_argument("--data", type=Path, required=True, help="folder of photos to learn from")
     parser.add_argument(
         "--held-out", type=Path, required=True, help="folder of other photos, for the reported agreement"
     )
-    parser.add_argument("--output", type=Path, default=COMPACT_FILE)
+    parser.add_argument("--output", type=Path, required=True, help="a .safetensors file for the encoder")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--crop", type=int, default=320)
@@ -181,12 +178,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def work() -> int:
-        if args.teacher == "resnet18":
-            teacher: nn.Module = resnet18_encoder()
-            teacher.load_state_dict(load_resnet18(), strict=True)
-            return distill(teacher, 512, args.data, args.held_out, args)
-        mobilenet = MobileNetV2(Path(args.teacher))
-        return distill(mobilenet, mobilenet.feature_channels, args.data, args.held_out, args)
+        with atomic_path(args.output) as temporary:  # first: what cannot be written is an error before long work
+            if args.teacher == "resnet18":
+                teacher: nn.Module = resnet18_encoder()
+                teacher.load_state_dict(load_resnet18(), strict=True)
+                distill(teacher, 512, temporary, args)
+            else:
+                mobilenet = MobileNetV2(Path(args.teacher))
+                distill(mobilenet, mobilenet.feature_channels, temporary, args)
+        print(f"written: {args.output}")
+        return 0
 
     return run(work)
 

@@ -63,10 +63,13 @@ def stage2_source(
 ) -> Source:
     """(y_d, y_g) crops. `data` holds pairs in a layout of the task, or clean photos that are degraded synthetically;
     `synthetic` is a folder of clean photos to mix in beside real pairs. Validation: the layout's test split, else every
-    tenth pair or photo, held out; or the pairs or photos of `validation`. `check` as for `stage1_source`."""
+    tenth pair or photo, held out; or the pairs (of the first of test, val and train that it has) or photos of
+    `validation`. `check` as for `stage1_source`."""
     cache = PictureCache()
     crop, seed = train.crop, train.seed
     pairs = _pairs_or_none(task, data, "train", split_file)
+    if pairs is None and split_file is not None:
+        raise UserError(f"--split-file {split_file}: chooses among pairs, and --data {data} holds none of {task}")
     if pairs is None and synthetic is not None:
         raise UserError(
             f"--synthetic {synthetic}: --data {data} holds clean photos already; give pairs there, or one of both"
@@ -129,9 +132,10 @@ def _validation(
 ) -> PairCrops | SyntheticCrops | None:
     if folder is None:
         return None
-    pairs = _pairs_or_none(task, folder, "test", None)
-    if pairs is not None:
-        return PairCrops(pairs, train.crop, train.seed + 1, augment="none", cache=cache, check=check)
+    for split in ("test", "val", "train"):
+        pairs = _pairs_or_none(task, folder, split, None)
+        if pairs is not None:
+            return PairCrops(pairs, train.crop, train.seed + 1, augment="none", cache=cache, check=check)
     return SyntheticCrops(
         find_photos(folder),
         task,

@@ -128,12 +128,13 @@ def _measure(options: argparse.Namespace, command: str, found: "Pairs", world: "
     """Every process scores its share of the pictures; rank 0 writes."""
     pairs = found.pairs[: options.limit]
 
-    from dtpm_fast.metrics.evaluation import INPUT, mean_figures, score
+    from dtpm_fast.metrics.evaluation import INPUT, check_sizes, mean_figures, score
     from dtpm_fast.metrics.paper_tables import comparison
     from dtpm_fast.metrics.protocols import PROTOCOLS, default_protocol
     from dtpm_fast.report import evenly
     from dtpm_fast.runtime.shipped import find_weights
 
+    check_sizes(pairs)
     protocol = PROTOCOLS[options.protocol or default_protocol(options.task)]
     weights = find_weights(options.weights, options.task)
     methods, device, restorers = _methods(options)

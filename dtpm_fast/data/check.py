@@ -72,6 +72,8 @@ def check_folder(task: str, root: Path | str, split: str | None = None, split_fi
         return report
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
+    if split_file is not None:
+        raise reason  # it chooses among pairs
     try:
         photos = find_photos(root)
     except UserError:

@@ -248,7 +248,7 @@ def test_two_processes_share_a_set_and_give_the_figures_of_one(weights: str, tmp
 
 
 def test_bad_input_is_one_line_and_writes_nothing(
-    pairs: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pairs: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "r.json"
 
@@ -266,6 +266,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     small = write_pairs(tmp_path / "small", [(9, 20)])
     assert "a.png: a picture of 9x20 pixels is smaller than SSIM's window" in error("--data", str(small))
     Image.new("RGB", (5, 5)).save(pairs / "test" / "target" / "b.png")
+    monkeypatch.setattr("dtpm_fast.metrics.evaluation.read_image", lambda path: pytest.fail("a picture was scored"))
     assert "b.png: 37x19 pixels, but its target" in error("--data", str(pairs))
 
 

@@ -162,6 +162,11 @@ def test_split_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "test: 1 pairs" in printed
 
 
+def test_a_split_file_chooses_among_pairs(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("derain", photos, "--split-file", str(tmp_path / "absent.csv")) == 1
+    assert "no pairs for derain" in capsys.readouterr().err
+
+
 def test_sheet_of_own_photos(photos: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "a.png", tmp_path / "b.png"
     for target in (first, second):

@@ -57,6 +57,21 @@ def test_the_seven_rows_are_trained_measured_and_kept(photos, tmp_path, capsys, 
     assert "choose another --output" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "settings", "message"),
+    [
+        (["--photos", "absent"], SETTINGS, "absent: no such folder"),
+        (["--data", "absent"], SETTINGS, "absent: no such folder"),
+        (["--set-prior", "stepz=1"], SETTINGS, "unknown setting 'stepz'"),
+        ([], (*SETTINGS, "validation_images=0"), "validation_images = 0"),
+    ],
+)
+def test_an_error_in_any_row_comes_before_the_first_one_trains(photos, tmp_path, capsys, more, settings, message):
+    assert run(photos, tmp_path / "out", *more, settings=settings) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_interrupted_row_goes_on_from_its_checkpoint(photos, tmp_path, capsys):
     settings = [*SETTINGS, "checkpoint_every=1"]
     assert run(photos, tmp_path, "--rows", "no-stage1", settings=settings) == 0

@@ -1,9 +1,12 @@
 """What is held out for validation is in no training sample."""
 
+import shutil
+
+import pytest
 from PIL import Image
 
 from dtpm_fast.config import Config
-from dtpm_fast.training.sources import stage1_source
+from dtpm_fast.training.sources import stage1_source, stage2_source
 
 
 def cropped(photos, folder):
@@ -38,3 +41,13 @@ def test_all_crops_of_a_photo_are_on_one_side(photos, tmp_path):
     assert len(source.validation) == 1  # one of eight photos
     assert {path.name.split("_")[0] for path in source.data.photos} == {str(i) for i in range(1, 8)}
     assert len(source.data.photos) == 7 * 6
+
+
+@pytest.mark.parametrize("split", ["test", "val", "train"])
+def test_pairs_to_validate_on_are_pairs_in_any_split(photos, tmp_path, split):
+    for half in ("input", "target"):
+        shutil.copytree(photos, tmp_path / "pairs" / split / half)
+    train = Config.of(crop=16, validation_images=3).train
+    source = stage2_source("derain", photos, None, None, tmp_path / "pairs", train)
+    assert len(source.validation) == 3
+    assert all((y_d == y_g).all() for y_d, y_g in source.validation)  # nothing was degraded again

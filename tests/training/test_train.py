@@ -242,6 +242,24 @@ def test_what_does_not_train_stays_as_init_gave_it(photos, tmp_path, tiny):
         assert of and not any(torch.equal(runs[later][name], runs[earlier][name]) for name in of)
 
 
+def test_what_no_shape_shows_comes_from_what_the_tensors_were_trained_for(photos, tmp_path, tiny):
+    settings = [*tiny, "steps=1", "validation_images=0"]
+
+    def model(run):
+        return read_weights(tmp_path / run / "weights.safetensors").config.model
+
+    assert stage1(photos, tmp_path / "prior", [*settings, "sigma_data=0.3", "parameterization=eps"]) == 0
+    start = ["--init", str(tmp_path / "prior" / "weights.safetensors")]
+    assert stage1(photos, tmp_path / "further", settings, *start) == 0
+    assert model("further").sigma_data == 0.3 and model("further").parameterization == "eps"
+    # A predictor trained alone has adapters too, but they do nothing: the prior's sigma_data is the one that counts.
+    assert stage2(photos, tmp_path / "predictor", [*settings, "tune=predictor"]) == 0
+    start = ["--init", str(tmp_path / "predictor" / "weights.safetensors")]
+    prior = ["--prior", str(tmp_path / "further" / "weights.safetensors")]
+    assert stage2(photos, tmp_path / "task", settings, *prior, *start) == 0
+    assert model("predictor").sigma_data == 0.1 and model("task").sigma_data == 0.3
+
+
 def test_wrong_uses_are_one_line_each(photos, tmp_path, tiny, capsys):
     prior = tmp_path / "prior" / "weights.safetensors"
     assert stage1(photos, tmp_path / "prior", [*tiny, "steps=2", "validation_images=0"]) == 0
@@ -266,6 +284,14 @@ def test_wrong_uses_are_one_line_each(photos, tmp_path, tiny, capsys):
     )
     fails("has shape", lambda: stage1(photos, tmp_path / "x", [*tiny, "embedding=32"], "--init", str(prior)))
     fails("belongs to stage 2", lambda: stage1(photos, tmp_path / "x", [*tiny, "tune=predictor"]))
+    given = ["--prior", str(prior)]
+    fails("--init gives one", lambda: stage2(photos, tmp_path / "x", [*tiny, "tune=adapters_only"], *given))
+    nothing = [*tiny, "adapter_positions=none", "predictor=none"]
+    fails("leaves nothing to train", lambda: stage2(photos, tmp_path / "x", nothing, *given))
+    long = [*tiny, "timesteps=20", "validation_steps=50"]
+    fails("has no more steps", lambda: stage2(photos, tmp_path / "x", long, *given))
+    split = ["--split-file", str(tmp_path / "absent.csv")]
+    fails("chooses among pairs", lambda: stage2(photos, tmp_path / "x", tiny, *given, *split))
     fails("no such folder", lambda: stage1(tmp_path / "absent", tmp_path / "x", tiny))
     fails("another model", lambda: stage1(photos, tmp_path / "prior", [*tiny, "steps=2", "embedding=32"], "--resume"))
     (tmp_path / "empty").mkdir()
