@@ -51,6 +51,7 @@ class ModelConfig:
     # The denoiser's output: EDM's preconditioning in variance-preserving form, or the paper's raw epsilon.
     parameterization: Literal["preconditioned", "eps"] = "preconditioned"
     sigma_data: float = 0.1  # standard deviation of a residual on [-1, 1]
+    prior_sigma_data: float = 0.0  # stage I's, where stage II has its own (`diffusion.prior_gamma`); 0: no other
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ def _check(config: Config) -> None:
     not_negative = {
         "workers": train.workers, "clip_grad": train.clip_grad, "predictor_loss": train.predictor_loss,
         "lr_min": train.lr_min, "warmup": train.warmup, "validation_images": train.validation_images,
-        "seed": train.seed, "strength": train.strength,
+        "seed": train.seed, "strength": train.strength, "prior_sigma_data": model.prior_sigma_data,
     }  # fmt: skip
     for name, value in at_least_one.items():
         if value < 1:

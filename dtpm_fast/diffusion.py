@@ -60,6 +60,16 @@ def scalings(gamma: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor
     return 1 / v.sqrt(), s / v, -a * sigma / v.sqrt(), a * sigma**2 / v, sigma * s / v.sqrt()
 
 
+def prior_gamma(gamma: Tensor, config: ModelConfig) -> Tensor:
+    """The gamma that the network is told: that at which stage I met the signal-to-noise ratio gamma sigma_d^2 /
+    (1 - gamma) of stage II's x_t, if stage II has another sigma_d. Its input c_in x_t and the F that is asked of it
+    depend on that ratio alone, so the frozen prior is asked what it was trained for. Raw epsilon has no sigma_d."""
+    if config.parameterization == "eps" or not config.prior_sigma_data:
+        return gamma
+    signal = gamma * (config.sigma_data / config.prior_sigma_data) ** 2
+    return signal / (signal + 1 - gamma)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What one evaluation of the network says about x_t: the noise in it, and the clean residual."""
@@ -73,7 +83,9 @@ def estimate(
 ) -> Estimate:
     """f_theta(x_t, y, gamma) of eq. 4 and 6 as estimates of eps and of the residual."""
     c_in, eps_x, eps_f, x0_x, x0_f = scalings(gamma, model.config)
-    output = model.denoise(c_in * x_t, y, gamma, code, y_eps).to(x_t.dtype)  # autocast's may be narrower
+    output = model.denoise(c_in * x_t, y, prior_gamma(gamma, model.config), code, y_eps).to(
+        x_t.dtype
+    )  # autocast's may be narrower
     return Estimate(eps=eps_x * x_t + eps_f * output, x0=x0_x * x_t + x0_f * output)
 
 

@@ -87,9 +87,10 @@ def _train(args: argparse.Namespace) -> Path:
     defaults: dict[str, Any] = {}
     if prior is not None:
         defaults = {**asdict(prior.config.model), **asdict(prior.config.diffusion)}
+        defaults["prior_sigma_data"] = prior.config.model.sigma_data
     init = None if args.init is None else read_weights(args.init)
     if init is not None:
-        defaults |= _no_shape_shows(init, prior)
+        defaults |= _no_shape_shows(init, prior, args.stage)
     config = Config.load(args.config, args.settings, defaults)
     if config.train.validation_steps > config.diffusion.timesteps:
         raise UserError(
@@ -132,12 +133,15 @@ def _train(args: argparse.Namespace) -> Path:
     return weights
 
 
-def _no_shape_shows(init: Any, prior: Any) -> dict[str, Any]:
+def _no_shape_shows(init: Any, prior: Any, stage: int) -> dict[str, Any]:
     """What of the file's config its tensors were trained for, though they would fit another."""
-    names = [] if prior is not None else ["parameterization", "sigma_data"]  # of the denoiser
+    of = init.config.model
+    if stage == 1:
+        return {"parameterization": of.parameterization, "sigma_data": of.prior_sigma_data or of.sigma_data}
+    names = [] if prior is not None else ["parameterization", "sigma_data", "prior_sigma_data"]  # of the denoiser
     if any(t.any() for name, t in init.tensors.items() if name.startswith("adapters.") and ".m_out." in name):
         names += ["sigma_data", "condition", "code_source"]
-    return {name: getattr(init.config.model, name) for name in names}
+    return {name: getattr(of, name) for name in names}
 
 
 def _build(args: argparse.Namespace, config: Config, prior: Any) -> DTPM:

@@ -15,6 +15,7 @@ from dtpm_fast.diffusion import (
     ddim_gammas,
     ddim_timesteps,
     estimate,
+    prior_gamma,
     restore,
     sample_gamma,
     scalings,
@@ -71,6 +72,25 @@ def test_estimates_are_two_views_of_one(parameterization):
     x, output = torch.randn(3, 3, 4, 4).double(), torch.randn(3, 3, 4, 4).double()
     _, eps_x, eps_f, x0_x, x0_f = scalings(gamma, config)
     torch.testing.assert_close(add_noise(x0_x * x + x0_f * output, eps_x * x + eps_f * output, gamma), x)
+
+
+def test_a_prior_is_asked_what_it_was_trained_for():
+    """A residual of another spread, at the gamma where its signal-to-noise ratio is the prior's: the frozen network sees
+    the same input and the same gamma, so its estimate is the same but for the spread."""
+    prior, _ = small_model(1, sigma_data=0.1)
+    settings = {"predictor": "none", "adapter_positions": "none", "prior_sigma_data": 0.1}
+    task, config = small_model(2, sigma_data=0.035, **settings)
+    task.load_state_dict(prior.state_dict())
+    gamma = torch.tensor([0.3, 0.9, 0.999], dtype=torch.float64)
+    told = prior_gamma(gamma, config.model)
+    torch.testing.assert_close(told / (1 - told), gamma / (1 - gamma) * 0.35**2)
+    residual, eps, y = (torch.randn(3, 3, 16, 16).double() for _ in range(3))
+    ours = estimate(task, add_noise(0.35 * residual, eps, gamma), y, gamma, None, y)
+    wanted = estimate(prior, add_noise(residual, eps, told), y, told, None)
+    torch.testing.assert_close(ours.x0, 0.35 * wanted.x0)
+    torch.testing.assert_close(ours.eps, wanted.eps)
+    raw = Config.of(sigma_data=0.035, parameterization="eps", prior_sigma_data=0.1)
+    assert torch.equal(prior_gamma(gamma, raw.model), gamma)  # knows no spread
 
 
 def test_preconditioning_as_in_edm():

@@ -65,7 +65,8 @@ class DTPM(nn.Module):
         return None if self.semantic is None else self.semantic(image)
 
     def denoise(self, x: Tensor, y: Tensor, gamma: Tensor, code: Tensor | None, y_eps: Tensor | None = None) -> Tensor:
-        """The network's raw output F for x (scaled as the parameterization asks) and the condition y (eq. 4, 6).
+        """The network's raw output F for x and gamma (both as `diffusion.estimate` makes them) and the condition y
+        (eq. 4, 6).
 
         `y_eps` is the picture that guides the adapters; stage I has none.
         """

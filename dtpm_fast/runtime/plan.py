@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dtpm_fast.diffusion import prior_gamma
 from dtpm_fast.errors import UserError
 from dtpm_fast.model.adapter import CGAdapter, resize_to_level
 from dtpm_fast.model.block import DenoisingBlock, NAFBlock
@@ -231,7 +232,8 @@ def _unet(form: Form, unet: UNet, adapters: dict[str, MergedAdapter], dtype: tor
 def _time_rows(model: DTPM, steps: Steps) -> Tensor:
     """(S, sum of 4C) float64: every block's shift1, 1 + scale1, shift2, 1 + scale2 as far as gamma gives them."""
     denoiser, own = model.denoiser, next(model.denoiser.parameters())
-    e = denoiser.time_mlp(sinusoid(1000 * steps.gammas.to(own).sqrt(), denoiser.embedding)).detach().double()
+    gammas = prior_gamma(steps.gammas, model.config).to(own)
+    e = denoiser.time_mlp(sinusoid(1000 * gammas.sqrt(), denoiser.embedding)).detach().double()
     rows = []
     for position, channels in denoiser.positions().items():
         projection = _modulation(model, position)

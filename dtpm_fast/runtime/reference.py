@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from dtpm_fast.diffusion import prior_gamma
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.runtime.sampler import C_IN, Conditions, Steps, sample, update
 
@@ -13,7 +14,7 @@ class Reference:
         self.model, self.steps = model, steps
         parameter = next(model.denoiser.parameters())
         self.table = steps.table.to(parameter)
-        self.gammas = steps.gammas.to(parameter)
+        self.gammas = prior_gamma(steps.gammas, model.config).to(parameter)
 
     def prepare(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
         y_eps = self.model.predict(y_d)
@@ -32,7 +33,7 @@ class Reference:
 
     def tensors(self) -> dict[str, Tensor]:
         """What depends on the weights beside the model itself, as `Plan.tensors`."""
-        return {"table": self.table}
+        return {"table": self.table, "gammas": self.gammas}
 
     def of(self, model: DTPM, steps: Steps) -> "Reference":
         return Reference(model, steps)

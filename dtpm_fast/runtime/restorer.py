@@ -175,10 +175,11 @@ class Restorer:
 
     def _same_network(self, config: Config) -> bool:
         """Whether these weights run in this network and with this sampler's steps. How they were trained does not
-        matter, and sigma_data is a task's own: it is in the sampler's table, which changes with the task."""
+        matter, and sigma_data is a task's own: it is in tensors that change with the task."""
         ours = self.config.model
         other = make_steps(replace(config, model=ours), len(self.steps), self._sampler)
-        same_model = replace(config.model, sigma_data=ours.sigma_data) == ours
+        own = {"sigma_data": ours.sigma_data, "prior_sigma_data": ours.prior_sigma_data}
+        same_model = replace(config.model, **own) == ours
         return same_model and torch.equal(other.table, self.steps.table) and other.sigmas == self.steps.sigmas
 
     def _running_steppers(self) -> list[Plan | Reference]:
@@ -256,6 +257,7 @@ class Restorer:
             with torch.inference_mode(False):  # a picture is under way; set_task writes into these tensors later
                 self._folded = Plan(self.model, self.steps, plan.dtype)
                 self._folded.table.copy_(plan.table)  # of the task that runs: its sigma_data may be its own
+                self._folded.time_rows.copy_(plan.time_rows)
             self._tasks, self._abouts = None, {self._running: self._abouts[self._running]}  # they lack this plan
         return self._folded
 

@@ -119,9 +119,11 @@ def test_set_task_gives_what_a_new_restorer_gives(
     tmp_path: Path, random_weights: Callable[..., Path], device: str, backend: str
 ) -> None:
     photo = np.random.default_rng(0).integers(0, 256, (20, 28, 3), dtype=np.uint8)
-    sigmas = {"derain": 0.1, "desnow": 0.1, "deblur": 0.03}  # in the sampler's table, so that changes with the task too
+    sigmas = {"derain": 0.1, "desnow": 0.1, "deblur": 0.03}  # of the sampler's table and the time embedding
     files = {
-        task: random_weights(tmp_path / f"{task}.safetensors", task=task, seed=seed, sigma_data=sigma)
+        task: random_weights(
+            tmp_path / f"{task}.safetensors", task=task, seed=seed, sigma_data=sigma, prior_sigma_data=0.1
+        )
         for seed, (task, sigma) in enumerate(sigmas.items())
     }
     other = random_weights(tmp_path / "other.safetensors", width=24)
@@ -148,7 +150,9 @@ def test_set_task_around_a_picture_in_tiles(
 ) -> None:
     """Tiles of a GPU's plan have a plan of their own, made while a picture is under way."""
     files = {
-        task: random_weights(tmp_path / f"{task}.safetensors", task=task, seed=seed, sigma_data=sigma)
+        task: random_weights(
+            tmp_path / f"{task}.safetensors", task=task, seed=seed, sigma_data=sigma, prior_sigma_data=0.1
+        )
         for seed, (task, sigma) in enumerate({"derain": 0.1, "desnow": 0.03}.items())
     }
     made = [
