@@ -121,11 +121,12 @@ def _distance(eps: Tensor, eps_hat: Tensor, gamma: Tensor, config: DiffusionConf
         # An error of eps is a sigma_d / sqrt(v) times one of F (`scalings`): equal in F (Karras et al. 2022, table 1).
         a = _wide(gamma).sqrt().clamp_min(1e-10)
         difference = difference * (a**2 * sigma_data**2 + 1 - a**2).sqrt() / (a * sigma_data)
-    each = (difference.abs() if config.loss == "l1" else difference.square()).mean(dim=(1, 2, 3))
     if config.loss_weighting == "min_snr":
-        # min(SNR, 5) / SNR on an epsilon loss (Hang et al. 2023, "Min-SNR", eq. 8), SNR = gamma / (1 - gamma).
-        each = each * (5 * (1 - gamma) / gamma.clamp_min(1e-20)).clamp(max=1)
-    return each.mean()
+        # min(SNR, 5) / SNR on a squared epsilon loss (Hang et al. 2023, "Min-SNR", eq. 8), its root on an error. SNR is
+        # gamma / (1 - gamma) for data of unit variance, as theirs.
+        inverse = (1 - _wide(gamma)) / (sigma_data**2 * _wide(gamma)).clamp_min(1e-20)
+        difference = difference * (5 * inverse).clamp(max=1).sqrt()
+    return (difference.abs() if config.loss == "l1" else difference.square()).mean()
 
 
 # ------------------------------------------------------------------------------------------------------------ DDIM

@@ -71,24 +71,32 @@ def to_rgb8(image: Image.Image) -> np.ndarray:
             scale = 255.0 if image.mode == "F" and brightest <= 1 else 1.0
         grey = np.clip(np.rint(wide * scale), 0, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    colours = _in_srgb(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(_in_srgb(image).convert("RGB"))
+        colours.putalpha(image.convert("RGBA").getchannel("A"))
+        colours = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
+    return np.array(colours)
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:
-    """The picture's colours in sRGB, where it brings a profile of other ones, as phones' Display P3."""
+    """The picture's colours, without alpha, in sRGB: converted where it brings a profile of other ones, as phones'
+    Display P3. A profile that is none, or of another kind of picture, is ignored."""
     profile = image.info.get("icc_profile")
-    if not profile or image.mode != "RGB":
-        return image
     try:
+        if not profile:
+            return image.convert("RGB")
         given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "sRGB" in ImageCms.getProfileDescription(given):
-            return image
-        return ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB") or image
-    except (ImageCms.PyCMSError, OSError):  # a profile that is none
-        return image
+            return image.convert("RGB")
+        own = {"GRAY": "L", "CMYK": "CMYK"}.get(given.profile.xcolor_space.strip(), "RGB")
+        if own != "RGB" and own != image.mode.removesuffix("A"):
+            return image.convert("RGB")
+        colours = ImageCms.profileToProfile(image.convert(own), given, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return colours or image.convert("RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return image.convert("RGB")
 
 
 def write_image(path: Path | str, rgb: np.ndarray) -> None:

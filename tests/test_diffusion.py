@@ -75,8 +75,8 @@ def test_estimates_are_two_views_of_one(parameterization):
 
 
 def test_a_prior_is_asked_what_it_was_trained_for():
-    """A residual of another spread, at the gamma where its signal-to-noise ratio is the prior's: the frozen network sees
-    the same input and the same gamma, so its estimate is the same but for the spread."""
+    """A residual of another spread, at the gamma where its signal-to-noise ratio is the prior's: the frozen network
+    sees the same input and the same gamma, so its estimate is the same but for the spread."""
     prior, _ = small_model(1, sigma_data=0.1)
     settings = {"predictor": "none", "adapter_positions": "none", "prior_sigma_data": 0.1}
     task, config = small_model(2, sigma_data=0.035, **settings)
@@ -137,19 +137,23 @@ def test_equation_6_reaches_predictor_and_adapters_without_a_loss_of_their_own()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
 
 
-def test_min_snr_weights_only_clean_samples_less():
-    model, _ = small_model(stage=1)
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+def test_min_snr_weights_only_clean_samples_less(loss):
+    """SNR is sigma_d^2 gamma / (1 - gamma), and the weight one of squared errors."""
+    model, _ = small_model(stage=1, sigma_data=0.5)
     x, eps = torch.randn(1, 3, 16, 16).double(), torch.randn(1, 3, 16, 16).double()
 
     def ratio(gamma):
         gamma = torch.tensor([gamma], dtype=torch.float64)
         plain, weighted = (
-            stage1_loss(model, DiffusionConfig(loss_weighting=w), x, x * 0, eps, gamma) for w in ("none", "min_snr")
+            stage1_loss(model, DiffusionConfig(loss=loss, loss_weighting=w), x, x * 0, eps, gamma)
+            for w in ("none", "min_snr")
         )
         return (weighted / plain).item()
 
-    assert ratio(0.5) == pytest.approx(1)
-    assert ratio(0.99) == pytest.approx(5 * 0.01 / 0.99)
+    assert ratio(0.9) == pytest.approx(1)  # SNR 2.25
+    weight = 5 / (0.25 * 0.99 / 0.01)
+    assert ratio(0.99) == pytest.approx(weight if loss == "l2" else weight**0.5)
 
 
 @pytest.mark.parametrize("loss", ["l1", "l2"])

@@ -112,6 +112,20 @@ def test_colours_of_another_profile_become_srgb(tmp_path, rgb):
     assert np.array_equal(read_image(tmp_path / "srgb.png"), rgb)
     assert np.array_equal(read_image(tmp_path / "none.png"), rgb)
     assert np.abs(read_image(tmp_path / "swapped.png").astype(int) - rgb[..., ::-1]).max() <= 2
+    # Of an alpha channel and a palette too; but a grey picture has no use for a profile of three colours.
+    alpha = Image.fromarray(rgb)
+    alpha.putalpha(Image.fromarray(np.full(rgb.shape[:2], 255, np.uint8)))
+    alpha.save(tmp_path / "alpha.png", icc_profile=swapped)
+    assert np.array_equal(read_image(tmp_path / "alpha.png"), read_image(tmp_path / "swapped.png"))
+    few = Image.fromarray(rgb).quantize(8)
+    few.save(tmp_path / "palette.png", icc_profile=swapped)
+    few.convert("RGB").save(tmp_path / "flat.png", icc_profile=swapped)
+    assert np.array_equal(read_image(tmp_path / "palette.png"), read_image(tmp_path / "flat.png"))
+    few.save(tmp_path / "clear.png", icc_profile=swapped, transparency=few.getpixel((0, 0)))
+    clear = read_image(tmp_path / "clear.png")
+    shown = np.asarray(few) != few.getpixel((0, 0))
+    assert (clear[~shown] == 255).all()
+    assert np.array_equal(clear[shown], read_image(tmp_path / "flat.png")[shown])
 
 
 @pytest.mark.parametrize("top", [1, 255, 65535])

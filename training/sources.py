@@ -2,9 +2,10 @@
 mixed, for stage II. Everything is found and checked here, before training starts."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -12,10 +13,11 @@ from torch.utils.data import Dataset
 from dtpm_fast.config import TrainConfig
 from dtpm_fast.data.crops import Augment, MixedCrops, PairCrops, SmoothedCrops, SomeClean, SyntheticCrops, smoothed_of
 from dtpm_fast.data.layouts import LayoutNotFound, SplitNotFound, find_pairs
-from dtpm_fast.data.pictures import PictureCache, find_photos
+from dtpm_fast.data.pictures import PictureCache, find_photos, half_of_pairs
 from dtpm_fast.errors import UserError
 
 Pair = tuple[Tensor, Tensor]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,26 @@ def stage1_source(
     `check=False` leaves out the decoding of every picture: another process of this machine has done it."""
     cache = PictureCache()
     if validation is None:
-        kept, held_out = _hold_out_photos(find_photos(photos), train.validation_images)
+        kept, held_out = hold_out(find_photos(photos), train.validation_images, _photo_of)
     else:
-        kept, held_out = find_photos(photos), find_photos(validation)[: train.validation_images]
-    options = {"seed": train.seed, "rotate45": train.rotate45, "cache": cache, "check": check}
-    partners = None if smoothed is None else smoothed_of(photos, kept, smoothed)
-    data = SmoothedCrops(kept, train.crop, smoothed=partners, **options)  # type: ignore[arg-type]
-    count = min(train.validation_images, len(held_out))
-    unseen = None
-    if count:
-        unseen = SmoothedCrops(held_out, train.crop, train.seed + 1, augment="none", cache=cache, check=check)
+        kept, held_out = find_photos(photos), find_photos(validation)
+
+    def partners(of: list[Path]) -> list[Path] | None:
+        return None if smoothed is None else smoothed_of(photos, of, smoothed)
+
+    data = SmoothedCrops(
+        kept, train.crop, train.seed, smoothed=partners(kept), rotate45=train.rotate45, cache=cache, check=check
+    )
+
+    def unseen(photo: Path) -> SmoothedCrops:
+        ahead = partners([photo]) if validation is None else None
+        return SmoothedCrops(
+            [photo], train.crop, train.seed + 1, smoothed=ahead, augment="none", cache=cache, check=check
+        )
+
     return Source(
         data,
-        [unseen[i] for i in range(count)] if unseen is not None else [],
+        _crop_of_each(held_out, train.validation_images, unseen),
         f"{len(data.photos)} photos of {photos.name}" + (", smoothed ahead" if smoothed else ", smoothed on the fly"),
     )
 
@@ -64,7 +73,8 @@ def stage2_source(
     """(y_d, y_g) crops. `data` holds pairs in a layout of the task, or clean photos that are degraded synthetically;
     `synthetic` is a folder of clean photos to mix in beside real pairs. Validation: the layout's test split, else every
     tenth pair or photo, held out; or the pairs (of the first of test, val and train that it has) or photos of
-    `validation`. `check` as for `stage1_source`."""
+    `validation`. What is held out is so with all crops of its photo and all pairs of its target. `check` as for
+    `stage1_source`."""
     cache = PictureCache()
     crop, seed = train.crop, train.seed
     pairs = _pairs_or_none(task, data, "train", split_file)
@@ -75,77 +85,80 @@ def stage2_source(
             f"--synthetic {synthetic}: --data {data} holds clean photos already; give pairs there, or one of both"
         )
     if pairs is None:
-        photos = find_photos(data)
-        kept, held_out = hold_out(photos, train.validation_images) if validation is None else (photos, [])
+        photos = _clean_photos(data)
+        kept, held_out = hold_out(photos, train.validation_images, _photo_of) if validation is None else (photos, [])
         source: Dataset[Pair] = _synthetic(kept, task, train, cache, check)
         about = f"{len(kept)} clean photos of {data.name}, synthetic {task}"
-        unseen = _validation(task, validation, train, cache, check) or SyntheticCrops(
-            held_out, task, crop, seed + 1, strength=train.strength, augment="none", cache=cache,
-            check=check and bool(held_out),
-        )  # fmt: skip
     else:
-        held_out_pairs: Sequence[tuple[Path, Path]] = []
+        held_out = []
         if validation is None:
-            held_out_pairs = _pairs_or_none(task, data, "test", split_file) or []
-            if not held_out_pairs or set(held_out_pairs) & set(pairs):
-                pairs, held_out_pairs = hold_out(pairs, train.validation_images)
+            held_out = _pairs_or_none(task, data, "test", split_file) or []
+            if not held_out or set(held_out) & set(pairs):
+                pairs, held_out = hold_out(pairs, train.validation_images, lambda pair: _photo_of(pair[1]))
         source = PairCrops(pairs, crop, seed, augment=_augment(task), rotate45=train.rotate45, cache=cache, check=check)
         about = f"{len(pairs)} pairs of {data.name}"
         if synthetic is not None:
-            photos = find_photos(synthetic)
+            photos = _clean_photos(synthetic)
             share = train.synthetic_share
             source = MixedCrops([(source, 1 - share), (_synthetic(photos, task, train, cache, check), share)], seed)
             about += f", and a share of {share:g} synthetic {task} on {len(photos)} clean photos of {synthetic.name}"
-        unseen = _validation(task, validation, train, cache, check) or PairCrops(
-            held_out_pairs, crop, seed + 1, augment="none", cache=cache, check=check and bool(held_out_pairs)
+    if validation is not None:
+        held_out = _pairs_or_photos(task, validation)
+
+    def unseen(item: Any) -> PairCrops | SyntheticCrops:
+        if isinstance(item, tuple):
+            return PairCrops([item], crop, seed + 1, augment="none", cache=cache, check=check)
+        return SyntheticCrops(
+            [item], task, crop, seed + 1, strength=train.strength, augment="none", cache=cache, check=check
         )
-    count = min(train.validation_images, len(getattr(unseen, "pairs", getattr(unseen, "photos", []))))
+
     if train.clean_share:
         source = SomeClean(source, train.clean_share, seed)
         about += f", {train.clean_share:g} of all samples clean"
-    return Source(source, [unseen[i] for i in range(count)], about)
+    return Source(source, _crop_of_each(held_out, train.validation_images, unseen), about)
 
 
-def hold_out(items: Sequence, count: int) -> tuple[list, list]:
-    """(kept, held out): every tenth item, at least one and at most `count`. A single item is kept and held out both."""
-    if count == 0:
-        return list(items), []
-    if len(items) == 1:
-        return list(items), list(items)
-    held_out = list(items[::10])[:count]
-    taken = set(held_out)
-    return [item for item in items if item not in taken], held_out
+def hold_out(items: Sequence[Item], count: int, photo_of: Callable[[Item], Path]) -> tuple[list[Item], list[Item]]:
+    """(kept, held out): every tenth photo, at least one and at most `count`, is out of training with all that was made
+    of it, and the middle one of that validates. A single photo is kept and held out both."""
+    groups: dict[Path, list[Item]] = {}
+    for item in items:
+        groups.setdefault(photo_of(item), []).append(item)
+    photos = list(groups)
+    taken = photos[::10][:count]
+    kept = photos if len(photos) == 1 else [photo for photo in photos if photo not in set(taken)]
+    middle = [groups[photo][len(groups[photo]) // 2] for photo in taken]
+    return [item for photo in kept for item in groups[photo]], middle
 
 
-def _hold_out_photos(photos: list[Path], count: int) -> tuple[list[Path], list[Path]]:
-    """As `hold_out`; of a photo that was cut into crops, all are out of training and the middle one validates."""
-    crops: dict[Path, list[Path]] = {}
-    for path in photos:
-        crops.setdefault(path.with_name(re.sub(r"_y\d{5,}_x\d{5,}$", "", path.stem)), []).append(path)
-    kept, held_out = hold_out(list(crops), count)
-    middle = [crops[photo][len(crops[photo]) // 2] for photo in held_out]
-    return [path for photo in kept for path in crops[photo]], middle
+def _photo_of(path: Path) -> Path:
+    """The photo that a crop is of, by the name that `dtpm-smooth` gives it."""
+    return path.with_name(re.sub(r"_y\d{5,}_x\d{5,}$", "", path.stem))
 
 
-def _validation(
-    task: str, folder: Path | None, train: TrainConfig, cache: PictureCache, check: bool
-) -> PairCrops | SyntheticCrops | None:
-    if folder is None:
-        return None
+def _crop_of_each(items: Sequence[Any], count: int, unseen: Callable[[Any], Any]) -> list[Pair]:
+    """One crop of each of at most `count` items, spread over them all."""
+    count = min(count, len(items))
+    return [unseen(items[i * len(items) // count])[i] for i in range(count)]
+
+
+def _pairs_or_photos(task: str, folder: Path) -> Sequence[tuple[Path, Path]] | list[Path]:
     for split in ("test", "val", "train"):
         pairs = _pairs_or_none(task, folder, split, None)
         if pairs is not None:
-            return PairCrops(pairs, train.crop, train.seed + 1, augment="none", cache=cache, check=check)
-    return SyntheticCrops(
-        find_photos(folder),
-        task,
-        train.crop,
-        train.seed + 1,
-        strength=train.strength,
-        augment="none",
-        cache=cache,
-        check=check,
-    )
+            return pairs
+    return _clean_photos(folder)
+
+
+def _clean_photos(folder: Path) -> list[Path]:
+    photos = find_photos(folder)
+    half = half_of_pairs(photos, folder)
+    if half is not None:
+        raise UserError(
+            f"{folder}: {half.name} in it looks like one half of pairs whose other half is in no known place; give a "
+            f"layout of docs/degradations.md, or {half} itself if its pictures are clean photos"
+        )
+    return photos
 
 
 def _synthetic(photos: list[Path], task: str, train: TrainConfig, cache: PictureCache, check: bool) -> SyntheticCrops:

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dtpm_fast.data.layouts import SPLITS, Pair, Scan, SplitNotFound, scan_pairs
-from dtpm_fast.data.pictures import different_sizes, find_photos
+from dtpm_fast.data.pictures import different_sizes, find_photos, half_of_pairs
 from dtpm_fast.errors import UserError
 from dtpm_fast.images import read_image
 
@@ -78,8 +78,7 @@ def check_folder(task: str, root: Path | str, split: str | None = None, split_fi
         photos = find_photos(root)
     except UserError:
         raise reason from None
-    halves = ("input", "target", "inputC", "gt", "data", "synthetic", "blur", "sharp", "source")
-    if any(photo.parent.name in halves for photo in photos):
+    if half_of_pairs(photos, root) is not None:
         raise reason  # half a set of pairs is no set of clean photos
     sizes = _sizes(photos, report.problems)
     summary = _summary(list(sizes.values()))

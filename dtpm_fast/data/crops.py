@@ -71,13 +71,17 @@ class PhotoCrops(Dataset[Tensor]):
         return to_tensor(window.cut(photo))
 
 
+# RTV's windows see zeros beyond a picture's border: the smoothed one is another in a frame of some pixels.
+_SMOOTHED_AROUND = 8
+
+
 class SmoothedCrops(Dataset[tuple[Tensor, Tensor]]):
     """Stage I (eq. 4): `self[index]` is (x_g, y_s), both float32 (3, crop, crop) in [-1, 1]: a clean crop and its
     texture-free form.
 
-    y_s is `dtpm_fast.smoothing.rtv_smooth` of the crop, on one thread, or, with `smoothed`, the same place of the
-    picture of the same name (any picture suffix, same subfolder; of a list of photos, the name alone) in that folder,
-    as `dtpm-smooth` writes it; or of a list that has one for each photo, as `smoothed_of` makes it.
+    y_s is `dtpm_fast.smoothing.rtv_smooth` of the crop and 8 pixels around it, on one thread, or, with `smoothed`, the
+    same place of the picture of the same name (any picture suffix, same subfolder; of a list of photos, the name alone)
+    in that folder, as `dtpm-smooth` writes it; or of a list that has one for each photo, as `smoothed_of` makes it.
     Raises `UserError` as `PhotoCrops` does, and for a smoothed picture that is missing or of another size.
     """
 
@@ -110,14 +114,17 @@ class SmoothedCrops(Dataset[tuple[Tensor, Tensor]]):
         rng = sample_rng(self.seed, index)
         choice = int(rng.integers(len(self.photos)))
         photo = self.cache.read(self.photos[choice])
-        window = Window.draw(photo.shape[0], photo.shape[1], self.crop, rng, self.augment, self.rotate45)
+        margin = 0 if self.smoothed is not None else _SMOOTHED_AROUND
+        size = self.crop + 2 * margin
+        window = Window.draw(photo.shape[0], photo.shape[1], size, rng, self.augment, self.rotate45)
         clean = window.cut(photo)
         if self.smoothed is not None:
             return to_tensor(clean), to_tensor(window.cut(self.cache.read(self.smoothed[choice])))
         from dtpm_fast.smoothing import rtv_smooth  # here: the other data sets also serve without the compiled module
 
-        smooth = rtv_smooth(clean.astype(np.float32) / 255, threads=1)
-        return to_tensor(clean), torch.from_numpy(np.ascontiguousarray(smooth.transpose(2, 0, 1))).mul_(2).sub_(1)
+        inside = slice(margin, margin + self.crop)
+        smooth = rtv_smooth(clean.astype(np.float32) / 255, threads=1)[inside, inside].transpose(2, 0, 1)
+        return to_tensor(clean[inside, inside]), torch.from_numpy(np.ascontiguousarray(smooth)).mul_(2).sub_(1)
 
 
 class PairCrops(Dataset[tuple[Tensor, Tensor]]):

@@ -27,6 +27,15 @@ def find_photos(folder: Path | str) -> list[Path]:
     return found
 
 
+_HALVES = ("input", "target", "inputC", "gt", "data", "synthetic", "blur", "sharp", "source")
+
+
+def half_of_pairs(photos: Iterable[Path], root: Path) -> Path | None:
+    """A folder inside `root` that holds some of the photos under a name that layouts of pairs give their halves."""
+    folders = dict.fromkeys(photo.parent for photo in photos)
+    return next((folder for folder in folders if folder != root and folder.name in _HALVES), None)
+
+
 def _files(top: Path) -> Iterator[Path]:
     """Links to folders come last, and a folder only once: links may lead in a circle."""
     seen: set[str] = set()

@@ -169,13 +169,16 @@ def test_smoothed_ahead_is_cut_from_the_same_place(photos: Path, tmp_path: Path)
         SmoothedCrops(photos, CROP, 0, smoothed=smoothed)
 
 
-def test_smoothed_on_the_fly_is_rtv_of_the_crop(photos: Path) -> None:
+def test_smoothed_on_the_fly_is_rtv_of_the_crop_and_what_is_around_it(photos: Path) -> None:
     from dtpm_fast.smoothing import rtv_smooth
 
+    around = 8
     clean, smooth = SmoothedCrops(photos, CROP, 2)[6]
-    crop = np.ascontiguousarray((clean.numpy().transpose(1, 2, 0) + 1) / 2)
-    expected = rtv_smooth(crop, threads=1) * 2 - 1
-    np.testing.assert_allclose(smooth.numpy().transpose(1, 2, 0), expected, atol=1e-4)
+    larger = PhotoCrops(photos, CROP + 2 * around, 2)[6]  # the same draws
+    inside = slice(around, around + CROP)
+    torch.testing.assert_close(clean, larger[:, inside, inside])
+    expected = rtv_smooth(np.ascontiguousarray((larger.numpy().transpose(1, 2, 0) + 1) / 2), threads=1) * 2 - 1
+    np.testing.assert_allclose(smooth.numpy().transpose(1, 2, 0), expected[inside, inside], atol=1e-4)
     assert (clean - smooth).abs().max() > 0
 
 

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from dtpm_fast.config import Config
+from dtpm_fast.errors import UserError
 from dtpm_fast.training.sources import stage1_source, stage2_source
 
 
@@ -51,3 +52,34 @@ def test_pairs_to_validate_on_are_pairs_in_any_split(photos, tmp_path, split):
     source = stage2_source("derain", photos, None, None, tmp_path / "pairs", train)
     assert len(source.validation) == 3
     assert all((y_d == y_g).all() for y_d, y_g in source.validation)  # nothing was degraded again
+
+
+def test_every_photo_held_out_is_seen_once(photos):
+    """A crop of each, not crops of photos drawn at random."""
+    train = Config.of(crop=80, validation_images=8).train
+    for source in (
+        stage1_source(photos, photos, photos, train),
+        stage2_source("derain", photos, None, None, photos, train),
+    ):
+        targets = [pair[0] if source.about.endswith("ahead") else pair[1] for pair in source.validation]
+        assert len({target.numpy().tobytes() for target in targets}) == 8
+
+
+def test_stage2_holds_out_all_crops_of_a_photo_and_all_pairs_of_a_target(photos, tmp_path):
+    train = Config.of(crop=16, validation_images=4).train
+    clean, _ = cropped(photos, tmp_path / "crops")
+    kept = {path.name.split("_")[0] for path in stage2_source("derain", clean, None, None, None, train).data.photos}
+    assert kept == {str(i) for i in range(1, 8)}
+    for half in ("input", "target"):
+        shutil.copytree(clean, tmp_path / "pairs" / half)
+    source = stage2_source("derain", tmp_path / "pairs", None, None, None, train)
+    assert {target.name.split("_")[0] for _, target in source.data.pairs} == kept
+    assert len(source.validation) == 1
+
+
+def test_half_a_set_of_pairs_is_not_taken_for_clean_photos(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "pairs" / "somewhere" / "input")
+    train = Config.of(crop=16).train
+    with pytest.raises(UserError, match="input in it looks like one half of pairs"):
+        stage2_source("derain", tmp_path / "pairs", None, None, None, train)
+    assert stage2_source("derain", tmp_path / "pairs" / "somewhere" / "input", None, None, None, train).validation
