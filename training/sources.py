@@ -77,6 +77,7 @@ def stage2_source(
     `stage1_source`."""
     cache = PictureCache()
     crop, seed = train.crop, train.seed
+    held_out: Sequence[Any] = []  # photos or pairs
     pairs = _pairs_or_none(task, data, "train", split_file)
     if pairs is None and split_file is not None:
         raise UserError(f"--split-file {split_file}: chooses among pairs, and --data {data} holds none of {task}")
@@ -86,11 +87,12 @@ def stage2_source(
         )
     if pairs is None:
         photos = _clean_photos(data)
-        kept, held_out = hold_out(photos, train.validation_images, _photo_of) if validation is None else (photos, [])
+        kept = photos
+        if validation is None:
+            kept, held_out = hold_out(photos, train.validation_images, _photo_of)
         source: Dataset[Pair] = _synthetic(kept, task, train, cache, check)
         about = f"{len(kept)} clean photos of {data.name}, synthetic {task}"
     else:
-        held_out = []
         if validation is None:
             held_out = _pairs_or_none(task, data, "test", split_file) or []
             if not held_out or set(held_out) & set(pairs):

@@ -178,8 +178,7 @@ class Restorer:
         matter, and sigma_data is a task's own: it is in tensors that change with the task."""
         ours = self.config.model
         other = make_steps(replace(config, model=ours), len(self.steps), self._sampler)
-        own = {"sigma_data": ours.sigma_data, "prior_sigma_data": ours.prior_sigma_data}
-        same_model = replace(config.model, **own) == ours
+        same_model = replace(config.model, sigma_data=ours.sigma_data, prior_sigma_data=ours.prior_sigma_data) == ours
         return same_model and torch.equal(other.table, self.steps.table) and other.sigmas == self.steps.sigmas
 
     def _running_steppers(self) -> list[Plan | Reference]:
