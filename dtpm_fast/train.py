@@ -140,6 +140,11 @@ def _no_shape_shows(init: Any, prior: Any, stage: int) -> dict[str, Any]:
         return {"parameterization": of.parameterization, "sigma_data": of.prior_sigma_data or of.sigma_data}
     names = [] if prior is not None else ["parameterization", "sigma_data", "prior_sigma_data"]  # of the denoiser
     if any(t.any() for name, t in init.tensors.items() if name.startswith("adapters.") and ".m_out." in name):
+        if prior is not None and of.parameterization != prior.config.model.parameterization:
+            raise UserError(
+                f"{init.path}: cannot start from it: its adapters were trained for parameterization = "
+                f"{of.parameterization!r}, the prior for {prior.config.model.parameterization!r}"
+            )
         names += ["sigma_data", "condition", "code_source"]
     return {name: getattr(of, name) for name in names}
 

@@ -242,7 +242,7 @@ def test_what_does_not_train_stays_as_init_gave_it(photos, tmp_path, tiny):
         assert of and not any(torch.equal(runs[later][name], runs[earlier][name]) for name in of)
 
 
-def test_what_no_shape_shows_comes_from_what_the_tensors_were_trained_for(photos, tmp_path, tiny):
+def test_what_no_shape_shows_comes_from_what_the_tensors_were_trained_for(photos, tmp_path, tiny, capsys):
     settings = [*tiny, "steps=1", "validation_images=0"]
 
     def model(run):
@@ -258,6 +258,12 @@ def test_what_no_shape_shows_comes_from_what_the_tensors_were_trained_for(photos
     prior = ["--prior", str(tmp_path / "further" / "weights.safetensors")]
     assert stage2(photos, tmp_path / "task", settings, *prior, *start) == 0
     assert model("predictor").sigma_data == 0.1 and model("task").sigma_data == 0.3
+    # Adapters that were trained for another kind of output are refused.
+    assert stage1(photos, tmp_path / "other", settings) == 0
+    prior = ["--prior", str(tmp_path / "other" / "weights.safetensors")]
+    start = ["--init", str(tmp_path / "task" / "weights.safetensors")]
+    assert stage2(photos, tmp_path / "x", settings, *prior, *start) == 1
+    assert "its adapters were trained for parameterization = 'eps'" in capsys.readouterr().err
 
 
 def test_wrong_uses_are_one_line_each(photos, tmp_path, tiny, capsys):
