@@ -7,10 +7,13 @@ written from the paper's equations. The solver (csrc/rtv) is described in docs/r
 import math
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from dtpm_fast.cores import usable_cores
 
 try:
     import dtpm_fast._rtv as _rtv
@@ -30,7 +33,9 @@ LOWEST, HIGHEST = -1.0, 2.0  # resampling overshoots [0, 1]; a picture in 0..255
 DIRECT_BYTES = 2**31  # of the direct solver's band
 CUDA_WORKSPACE_BYTES = 2**33  # at most; larger batches go through in parts
 SMALL_PICTURE = 128 * 128  # pixels
+_measuring = threading.Lock()
 LARGEST_SIGMA = 1000.0  # no photo has texture of that scale, and the filter has five times as many taps
+CUDA_OLDEST = (8, 0)  # CMakeLists.txt: CMAKE_CUDA_ARCHITECTURES
 CUDA_LARGEST_SIGMA = 25.0  # the kernel's room for the Gaussian's taps
 
 
@@ -107,7 +112,7 @@ def rtv_smooth(
     if out is None:
         out = np.empty(array.shape, array.dtype)
     if device != "cpu":
-        reason = cuda_unavailable()
+        reason = cuda_unavailable(device)
         if reason:
             raise RuntimeError(f"device={device!r}: {reason}")
         import torch as torch_
@@ -146,15 +151,20 @@ def rtv_smooth(
     )
 
 
-def cuda_unavailable() -> str | None:
-    """Why pictures cannot be smoothed on a GPU here; None when they can."""
+def cuda_unavailable(device: "torch.device | str" = "cuda") -> str | None:
+    """Why pictures cannot be smoothed on this GPU; None when they can."""
     try:
         from dtpm_fast import _rtv_cuda  # noqa: F401
     except ImportError:
         return "this build of dtpm_fast has no CUDA smoother; install it where nvcc is on the PATH"
     import torch
 
-    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CUDA_OLDEST:
+        return "the CUDA smoother is built for compute capability 8.0 and newer, this GPU has {}.{}".format(*capability)
+    return None
 
 
 def _smooth_cuda(
@@ -171,7 +181,7 @@ def _smooth_cuda(
     """On `device`; the result stays there."""
     import torch
 
-    reason = cuda_unavailable()
+    reason = cuda_unavailable(device)
     if reason:
         raise RuntimeError(f"rtv_smooth on {device}: {reason}")
     from dtpm_fast import _rtv_cuda
@@ -201,9 +211,10 @@ def _smooth_cuda(
     if each >= 2**31:  # the kernel counts in 32 bits; a picture of a few columns has a wide margin
         raise ValueError(f"image has shape {tuple(image.shape)}: too large for CUDA; use device='cpu'")
     with torch.cuda.device(batch.device):
-        room = min(CUDA_WORKSPACE_BYTES, free_cuda_memory(batch.device) // 2) // (each * real.itemsize)
-        part = max(1, min(count, room))
-        workspace = torch.empty(part * each, dtype=real, device=batch.device)
+        with _measuring:  # else threads that start together all see the same memory free
+            room = min(CUDA_WORKSPACE_BYTES, free_cuda_memory(batch.device) // 2) // (each * real.itemsize)
+            part = max(1, min(count, room))
+            workspace = torch.empty(part * each, dtype=real, device=batch.device)
         reports = torch.empty((count, iterations, 2), dtype=torch.int32, device=batch.device)
         for first in range(0, count, part):
             _rtv_cuda.smooth(
@@ -297,7 +308,7 @@ def _check_parameters(
 def _free_threads(pictures: int) -> int:
     """One per CPU that this process may use. With fewer pictures than that, several threads share one and wait for each
     other: for them no more than there are idle CPUs beside the pictures' own."""
-    cpus = len(os.sched_getaffinity(0))
+    cpus = usable_cores()
     if pictures >= cpus:
         return cpus
     idle = max(0, (os.cpu_count() or 1) - _runnable())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from dtpm_fast.atomic import whole_folder
+from dtpm_fast.device import without_tf32
 from dtpm_fast.errors import UserError
 from dtpm_fast.export.aoti import AotiStepper, compute_capability, write_aoti
 from dtpm_fast.export.compare import Difference, ExportedStepper, check, difference, stepped
@@ -47,6 +48,7 @@ class Graphs:
     parts: dict[str, tuple[nn.Module, dict[str, Tensor], dict[str, Tensor], Any]]
 
 
+@without_tf32()  # of what is compared
 def export_folder(
     weights: Weights,
     target: Path | str,
@@ -119,6 +121,7 @@ def export_folder(
     return manifest
 
 
+@without_tf32()
 def verify(folder: Path, manifest: Manifest, weights: Weights, stepper: ExportedStepper) -> list[Difference]:
     """The folder's graphs against the plain model at six sizes, batches 1, 2 and 3. Raises `UserError` when one is
     outside its bound."""

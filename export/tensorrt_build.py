@@ -1,5 +1,6 @@
 """Engines from ONNX graphs: strongly typed, a profile for each bucket, with a timing cache, refittable."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from dtpm_fast.errors import UserError
 from dtpm_fast.export.manifest import GraphSpec
 from dtpm_fast.export.tensorrt_api import listener, tensorrt
 from dtpm_fast.export.tensorrt_buckets import Bucket
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,11 @@ def build_engine(onnx: bytes, name: str, graph: GraphSpec, multiple: int, settin
     if plan is None:
         raise UserError(f"{name}: TensorRT {trt.__version__} could not build the engine ({log.cause})")
     if settings.timing_cache is not None:
-        with atomic_path(settings.timing_cache) as file:
-            file.write_bytes(bytes(config.get_timing_cache().serialize()))
+        try:
+            with atomic_path(settings.timing_cache) as file:
+                file.write_bytes(bytes(config.get_timing_cache().serialize()))
+        except UserError as error:  # the engine is worth more
+            logger.warning("%s; the next build measures again", error)
     return bytes(plan)
 
 

@@ -42,6 +42,10 @@ class Engine:
         return bytes(self.engine.serialize())
 
 
+class NoRoom(UserError):
+    """The GPU's memory does not hold an engine's context."""
+
+
 class Context:
     """An engine at one shape: the profile and the shapes are set once, then it runs as often as asked.
 
@@ -55,7 +59,7 @@ class Context:
         # Memory for this profile alone: by default a context takes what the largest profile needs.
         self.context = engine.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
         if self.context is None:
-            raise UserError(f"{engine.name}: no room on the GPU to run the engine ({engine.log.cause})")
+            raise NoRoom(f"{engine.name}: no room on the GPU to run the engine ({engine.log.cause})")
         fits = self.context.set_optimization_profile_async(profile, stream)
         for name in engine.inputs:
             fits = fits and self.context.set_input_shape(name, shapes[name])

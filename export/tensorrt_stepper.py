@@ -18,7 +18,7 @@ from dtpm_fast.export.manifest import Manifest
 from dtpm_fast.export.tensorrt_api import check_place, require_cuda, tensorrt
 from dtpm_fast.export.tensorrt_buckets import buckets_of, choose_bucket
 from dtpm_fast.export.tensorrt_build import refit_engine
-from dtpm_fast.export.tensorrt_engine import Context, Engine
+from dtpm_fast.export.tensorrt_engine import Context, Engine, NoRoom
 from dtpm_fast.runtime.sampler import Conditions
 
 CAPACITY = 8  # shapes kept, the least recently used goes first
@@ -129,7 +129,15 @@ class TensorRTStepper:
         if key not in self.shapes:
             while len(self.shapes) >= CAPACITY:
                 self.shapes.popitem(last=False)
-            self.shapes[key] = self._new_shape(bucket, size)
+            try:
+                self.shapes[key] = self._new_shape(bucket, size)
+            except (torch.OutOfMemoryError, NoRoom):
+                if not self.shapes:
+                    raise
+                torch.cuda.synchronize(self.device)
+                self.shapes.clear()  # what other sizes hold is worth less than this one
+                torch.cuda.empty_cache()
+                self.shapes[key] = self._new_shape(bucket, size)
         self.shapes.move_to_end(key)
         return self.shapes[key]
 

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import threading
+import types
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rtv_reference import early_stopped, rtv_matrix, rtv_reference, rtv_weights
@@ -332,3 +334,12 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / ima
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert float(done.stdout) <= 7
+
+
+def test_a_gpu_older_than_the_kernels_is_not_taken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dtpm_fast._rtv_cuda", types.ModuleType("_rtv_cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert smoothing.cuda_unavailable("cuda") == (
+        "the CUDA smoother is built for compute capability 8.0 and newer, this GPU has 7.5"
+    )

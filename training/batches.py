@@ -1,7 +1,6 @@
 """The batches of a run. Every random number of a sample (its crop, gamma and eps) is a function of the seed and the
 sample's index alone, so the processes of a run only share out indices, and a resumed run goes on at a later one."""
 
-import os
 from collections.abc import Iterator
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dtpm_fast.config import Config
+from dtpm_fast.cores import usable_cores
 from dtpm_fast.data.crops import sample_rng
 from dtpm_fast.diffusion import sample_gamma
 from dtpm_fast.training.world import World
@@ -56,8 +56,3 @@ class _Indices:
         for turn in range(self.first * train.accumulate, train.steps * train.accumulate):
             start = (turn * world.size + world.rank) * train.batch_size
             yield list(range(start, start + train.batch_size))
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
@@ -18,7 +19,10 @@ class Aoti : public Backend {
       : manifest_(manifest),
         device_(manifest.device),
         prepare_(folder + "/" + manifest.prepare),
-        step_(folder + "/" + manifest.step) {}
+        step_(folder + "/" + manifest.step) {
+    // cuDNN's default is TF32, ten bits of mantissa; PyTorch has this switch for the whole process only.
+    if (manifest.precision == "fp32") at::globalContext().setAllowTF32CuDNN(false);
+  }
 
   void restore(const float* image, const float* noise, int64_t height, int64_t width, float* restored) override {
     const c10::InferenceMode no_gradients;

@@ -122,8 +122,8 @@ def _restored(
                 predicted = restorer.predict(photo)
                 labels = {"input": photo, "initial predictor": predicted, "result": result}
                 yield Case(source.name, [Picture(label, image) for label, image in labels.items()])
-        except UserError as error:
-            failures.append(str(error) if str(source) in str(error) else f"{source}: {error}")
+        except (UserError, RuntimeError, MemoryError) as error:  # a photo that fails does not keep others from theirs
+            failures.append(str(error) if str(source) in str(error) else f"{source}: {error or 'out of memory'}")
 
 
 def _write_report(

@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from dtpm_fast.atomic import atomic_path
 from dtpm_fast.commands.run import run
+from dtpm_fast.cores import usable_cores
 from dtpm_fast.data.pictures import find_photos
 from dtpm_fast.errors import UserError
 from dtpm_fast.images import image_size, read_image
@@ -95,7 +95,7 @@ def _smooth(options: argparse.Namespace) -> int:
     device = _device(options, settings)
     if options.cluster:  # its workers have another current folder
         options.inputs, options.output = [path.absolute() for path in options.inputs], options.output.absolute()
-    workers = options.workers or len(os.sched_getaffinity(0))
+    workers = options.workers or usable_cores()
     failures: list[str] = []
     jobs, done = _plan(_sources(options.inputs, options.output), options, settings, device, failures)
     if jobs or done:
@@ -167,7 +167,7 @@ def _on_cluster(jobs: list[Job], address: str) -> Iterator[tuple[int, str | None
         return
     try:
         if address == "local":
-            cpus = len(os.sched_getaffinity(0))
+            cpus = usable_cores()
             ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -312,9 +312,10 @@ def _device(options: argparse.Namespace, settings: dict[str, Any]) -> str:
     name: str = options.device
     if name == "cpu" or (name == "auto" and not options.crop):
         return "cpu"
-    from dtpm_fast.smoothing import CUDA_LARGEST_SIGMA, cuda_unavailable  # imports torch, which takes seconds
+    from dtpm_fast.device import choose_device  # imports torch, which takes seconds
+    from dtpm_fast.smoothing import CUDA_LARGEST_SIGMA, cuda_unavailable
 
-    if name != "auto" and not name.startswith("cuda"):
+    if name != "auto" and name.partition(":")[0] != "cuda":
         raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:N")
     reason = cuda_unavailable()
     if options.cluster:
@@ -325,6 +326,9 @@ def _device(options: argparse.Namespace, settings: dict[str, Any]) -> str:
         reason = reason or f"--sigma above {CUDA_LARGEST_SIGMA:g} is for the CPU"
     if name == "auto":
         return "cpu" if reason else "cuda"
+    if reason is None:
+        choose_device(name)
+        reason = cuda_unavailable(name)
     if reason:
         raise UserError(f"--device {name}: {reason}; use --device cpu")
     return name

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -25,7 +25,11 @@ class Compiled(Plan):
     def __init__(self, model: DTPM, steps: Steps, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(model, steps, dtype)
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "dtpm-fast" / "inductor"))
+        kept = home / "dtpm-fast" / "inductor"
+        with suppress(OSError):  # where it cannot be: Inductor's own, in the folder for temporary files
+            kept.mkdir(parents=True, exist_ok=True)
+            if os.access(kept, os.W_OK):
+                os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
         self._prepare = torch.compile(self.prepare_module)
         self._step = torch.compile(self.step_module)
 

@@ -227,6 +227,7 @@ class Restorer:
             core = choose_tile(self.config.model, batch, height, width, plan.dtype, budget(self.device), plan.form)
             if core is not None:
                 logger.info("%dx%d: in tiles of %d pixels, because the memory asks for it", width, height, core)
+        cleared = False
         while True:
             try:
                 if core is None:
@@ -235,6 +236,11 @@ class Restorer:
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise
+                if isinstance(self.backend, Graph) and self.backend.graphs and not cleared:
+                    cleared = True  # they are of other sizes: the picture itself may fit
+                    self.backend.clear()
+                    torch.cuda.empty_cache()
+                    continue
                 smaller = (core or round_up(max(height, width), 2)) // 2
                 if plan is None or self.tile != "auto" or smaller < SMALLEST:
                     raise UserError(

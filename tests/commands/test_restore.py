@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dtpm_fast.commands.restore import main, plan_outputs
 from dtpm_fast.errors import UserError
+from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.runtime.shipped import locate
 
 
@@ -79,6 +81,27 @@ def test_too_large_for_memory_or_disk_is_one_line_and_the_others_are_done(
     assert len(errors) == 2
     assert "huge.png: a picture of 80x90 pixels: not enough memory" in errors[0]
     assert "unwritable.png: could not be written (No space left on device)" in errors[1]
+
+
+def test_a_photo_on_which_the_backend_fails_keeps_no_other_from_its_result(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name, size in (("a.png", (8, 9)), ("b.png", (10, 9)), ("c.png", (8, 9))):
+        Image.new("RGB", size, "red").save(folder / name)
+    predict = DTPM.predict
+
+    def failing(self: DTPM, y_d: torch.Tensor) -> torch.Tensor:
+        if y_d.shape[3] > 8:
+            raise RuntimeError("Too much shared memory required")
+        return predict(self, y_d)
+
+    monkeypatch.setattr(DTPM, "predict", failing)
+    given = [str(folder), "-o", str(out), "--task", "derain", "--weights", weights, "--device", "cpu", "--steps", "1"]
+    assert main([*given, "--backend", "reference"]) == 1
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "c.png"]
+    assert f"error: {folder / 'b.png'}: Too much shared memory required" in capsys.readouterr().err
 
 
 def test_one_photo_goes_to_a_file_and_the_same_seed_gives_the_same_bytes(

@@ -141,7 +141,7 @@ def test_auto_takes_the_cpu_for_what_a_gpu_cannot(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("dtpm_fast.smoothing.cuda_unavailable", lambda: None)
+    monkeypatch.setattr("dtpm_fast.smoothing.cuda_unavailable", lambda device="cuda": None)
     assert main([str(photos), "-o", str(tmp_path / "out"), *options]) == 0
     assert "smoothing on cpu" in capsys.readouterr().err
     assert main([str(photos), "-o", str(tmp_path / "other"), "--device", "cuda", *options]) == 1
@@ -157,6 +157,7 @@ def test_auto_takes_the_cpu_for_what_a_gpu_cannot(
         (["photos", "-o", "photos"], 1, "photos: is the input itself; choose another folder"),
         (["photos", "-o", "photos/one.png/out"], 1, "cannot be written"),
         (["photos", "-o", "out", "--device", "tpu"], 1, "use auto, cpu, cuda or cuda:N"),
+        (["photos", "-o", "out", "--device", "cudax:9"], 1, "use auto, cpu, cuda or cuda:N"),
         (["photos", "-o", "out", "--lam", "-1"], 2, "-1: must be zero or positive"),
         (["photos", "-o", "out", "--sigma", "0"], 2, "0: must be positive"),
         (["photos", "-o", "out", "--sigma", "5000"], 2, "5000: must be at most 1000"),

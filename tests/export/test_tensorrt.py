@@ -261,6 +261,14 @@ def test_the_timing_cache_is_kept_and_checked(tmp_path: Path, full_export: Path,
     assert cache.read_bytes().startswith(f"timing {NEWEST} 9.0".encode())
 
 
+def test_a_timing_cache_that_cannot_be_kept_costs_no_engine(
+    tmp_path: Path, full_export: Path, fake: Fake, caplog: pytest.LogCaptureFixture
+) -> None:
+    built(full_export, tmp_path / "a", EngineOptions(("8x8",), timing_cache=Path("/proc/nowhere/timing")))
+    assert (tmp_path / "a" / "step.plan").is_file()
+    assert "/proc/nowhere/timing: cannot be written" in caplog.text
+
+
 def test_a_wrong_engine_is_found_layer_by_layer(
     tmp_path: Path, full_export: Path, reference: Reference, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
