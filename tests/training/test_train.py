@@ -77,8 +77,8 @@ def test_clean_photos_alone_train_a_task(photos, tmp_path, tiny, capsys):
     """Stage II on synthetic haze: its validation PSNR rises."""
     assert stage1(photos, tmp_path / "prior", [*tiny, "steps=2", "validation_images=0"]) == 0
     prior = str(tmp_path / "prior" / "weights.safetensors")
-    settings = [*tiny[2:], "steps=45", "lr=1e-3", "ema=0.9", "batch_size=4", "validate_every=3"]
-    settings += ["predictor_loss=1", "validation_images=4"]
+    settings = [*tiny[2:], "steps=240", "lr=1e-3", "ema=0.9", "batch_size=4", "validate_every=16"]
+    settings += ["predictor_loss=1", "validation_images=8"]
     arguments = ["--stage", "2", "--task", "dehaze", "--data", str(photos), "--prior", prior, "--device", "cpu"]
     arguments += ["--validation", str(photos)]  # one photo held out would say little
     capsys.readouterr()
@@ -96,8 +96,8 @@ def test_the_predictor_trains_alone_and_another_run_starts_from_it(photos, tmp_p
     """The cheap start of a small budget: the predictor alone, then everything from it; a finished run is tuned on."""
     assert stage1(photos, tmp_path / "prior", [*tiny, "steps=2", "validation_images=0"]) == 0
     prior, first, second = (tmp_path / run / "weights.safetensors" for run in ("prior", "first", "second"))
-    settings = [*tiny[2:], "steps=45", "lr=1e-3", "ema=0.9", "batch_size=4", "validate_every=3"]
-    settings += ["tune=predictor", "validation_images=4"]
+    settings = [*tiny[2:], "steps=240", "lr=1e-3", "ema=0.9", "batch_size=4", "validate_every=16"]
+    settings += ["tune=predictor", "validation_images=8"]
     task = ["--stage", "2", "--task", "dehaze", "--data", str(photos), "--prior", str(prior), "--device", "cpu"]
     task += ["--validation", str(photos)]
     capsys.readouterr()
