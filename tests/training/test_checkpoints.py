@@ -74,6 +74,15 @@ def test_a_state_of_before_there_were_these_settings_resumes(photos, tmp_path, t
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own, also where the tests were started with SIGINT ignored, as a shell starts `pytest &`."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_update_is_finished_before_it_is_saved(photos, tmp_path, tiny, capsys, monkeypatch):
     """Ctrl-C between the new weights and their averages: what is saved is the state of a whole iteration."""
     settings = [*tiny, "steps=4", "validation_images=0"]
