@@ -134,6 +134,7 @@ class TensorRTStepper:
             except (torch.OutOfMemoryError, NoRoom):
                 if not self.shapes:
                     raise
+            if key not in self.shapes:  # here the error, and the tensors that it kept, are gone
                 torch.cuda.synchronize(self.device)
                 self.shapes.clear()  # what other sizes hold is worth less than this one
                 torch.cuda.empty_cache()

@@ -123,7 +123,8 @@ def _restored(
                 labels = {"input": photo, "initial predictor": predicted, "result": result}
                 yield Case(source.name, [Picture(label, image) for label, image in labels.items()])
         except (UserError, RuntimeError, MemoryError) as error:  # a photo that fails does not keep others from theirs
-            failures.append(str(error) if str(source) in str(error) else f"{source}: {error or 'out of memory'}")
+            cause = next(iter(str(error).splitlines()), "out of memory")  # CUDA's and the compiler's have many lines
+            failures.append(cause if str(source) in cause else f"{source}: {cause}")
 
 
 def _write_report(

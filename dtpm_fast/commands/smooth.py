@@ -132,7 +132,7 @@ def smooth_photo(job: Job) -> tuple[int, str | None]:
     except UserError as error:
         return job.results, str(error) if str(job.source) in str(error) else f"{job.source}: {error}"
     except (MemoryError, RuntimeError, ValueError) as error:
-        return job.results, f"{job.source}: {error or 'out of memory'}"
+        return job.results, f"{job.source}: {str(error) or 'out of memory'}"
     return job.results, None
 
 
