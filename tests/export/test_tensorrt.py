@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dtpm_fast.export.ort import OrtStepper
 from dtpm_fast.export.restorer import ExportedRestorer
 from dtpm_fast.export.tensorrt_buckets import Bucket, choose_bucket
 from dtpm_fast.export.tensorrt_build import BuildSettings, build_engine
-from dtpm_fast.export.tensorrt_engine import Engine
+from dtpm_fast.export.tensorrt_engine import Context, Engine, NoRoom
 from dtpm_fast.export.tensorrt_export import EngineOptions, compare_engines, replace_graphs
 from dtpm_fast.export.tensorrt_layers import layer_of, read_layers
 from dtpm_fast.export.tensorrt_stepper import TensorRTStepper
@@ -176,6 +177,33 @@ def test_shapes_are_forgotten_in_turn(engines: Path, fake: Fake, monkeypatch: py
     for width in (8, 16, 8, 24):
         stepper.restore(torch.zeros(1, 3, 8, width), noise[..., :width])
     assert [key[3] for key in stepper.shapes] == [8, 24]
+
+
+def test_other_sizes_give_their_memory_back(engines: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Context] = weakref.WeakSet()
+    room = 4  # contexts that the GPU holds; a shape has two
+
+    class Narrow(Context):
+        def __init__(self, engine: Engine, *given: Any) -> None:
+            if len(alive) >= room:
+                raise NoRoom(f"{engine.name}: no room on the GPU")
+            super().__init__(engine, *given)
+            alive.add(self)
+
+    monkeypatch.setattr("dtpm_fast.export.tensorrt_stepper.Context", Narrow)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    stepper = TensorRTStepper(engines, read_manifest(engines), CPU)
+    noise = torch.randn(stepper.manifest.noise_fields, 3, 8, 24)
+    first = stepper.restore(torch.zeros(1, 3, 8, 8), noise[..., :8])
+    for width in (16, 24):  # the third finds no room until both others are gone
+        stepper.restore(torch.zeros(1, 3, 8, width), noise[..., :width])
+    assert [key[3] for key in stepper.shapes] == [24] and len(alive) == 2
+    assert torch.equal(stepper.restore(torch.zeros(1, 3, 8, 8), noise[..., :8]), first)
+    stepper.shapes.clear()
+    room = 1
+    with pytest.raises(NoRoom, match=r"step\.plan: no room on the GPU"):
+        stepper.restore(torch.zeros(1, 3, 8, 8), noise[..., :8])
+    assert not alive
 
 
 def test_new_weights_in_running_engines(
