@@ -34,6 +34,7 @@ DIRECT_BYTES = 2**31  # of the direct solver's band
 CUDA_WORKSPACE_BYTES = 2**33  # at most; larger batches go through in parts
 SMALL_PICTURE = 128 * 128  # pixels
 _measuring = threading.Lock()
+_streams = threading.local()
 LARGEST_SIGMA = 1000.0  # no photo has texture of that scale, and the filter has five times as many taps
 CUDA_OLDEST = (8, 0)  # CMakeLists.txt: CMAKE_CUDA_ARCHITECTURES
 CUDA_LARGEST_SIGMA = 25.0  # the kernel's room for the Gaussian's taps
@@ -75,7 +76,8 @@ def rtv_smooth(
     tol: relative residual at which a solve ends (or where rounding of the result causes as much, up to 1e-3), a quarter
         of it below 128x128 pixels; the default keeps the largest error below 0.1/255, of photos below 0.02/255.
     device: where a numpy array or a CPU tensor is smoothed: "cpu", "cuda" or "cuda:N". A CUDA tensor is smoothed where
-        it is, on the current stream, a thread block a picture: for batches. There only solver="mic", mode="exact".
+        it is, on the current stream (an array on one of the calling thread's), a thread block a picture: for batches.
+        There only solver="mic", mode="exact".
     threads: 0 for one per CPU that this process may use, and for fewer pictures than CPUs one per idle CPU; 1 in worker
         processes of a data loader. Results do not depend on it.
     out: an array of the same shape and dtype to write to.
@@ -117,18 +119,10 @@ def rtv_smooth(
             raise RuntimeError(f"device={device!r}: {reason}")
         import torch as torch_
 
-        tensor, info = _smooth_cuda(
-            torch_.from_numpy(np.require(array, requirements=["C", "W"])),
-            lam,
-            sigma,
-            sharpness,
-            iterations,
-            solver,
-            mode,
-            tol,
-            device,
-        )
-        out[...] = tensor.cpu().numpy()
+        given = torch_.from_numpy(np.require(array, requirements=["C", "W"]))
+        with torch_.cuda.device(device), torch_.cuda.stream(_own_stream(device)):
+            tensor, info = _smooth_cuda(given, lam, sigma, sharpness, iterations, solver, mode, tol, device)
+            out[...] = tensor.cpu().numpy()
         return (out, info) if return_info else out
     reports = _rtv.smooth(
         _as_batch(array),
@@ -165,6 +159,16 @@ def cuda_unavailable(device: "torch.device | str" = "cuda") -> str | None:
     if capability < CUDA_OLDEST:
         return "the CUDA smoother is built for compute capability 8.0 and newer, this GPU has {}.{}".format(*capability)
     return None
+
+
+def _own_stream(device: str) -> "torch.cuda.Stream":
+    """The calling thread's own. Threads share the one that PyTorch gives them, where the few crops of one's photo, a
+    multiprocessor each, would wait for those of another's."""
+    import torch
+
+    if device not in vars(_streams):
+        vars(_streams)[device] = torch.cuda.Stream()
+    return vars(_streams)[device]
 
 
 def _smooth_cuda(

@@ -1,12 +1,15 @@
 """The smoother on a GPU: torch tensors in and out, held to the CPU's results."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
 import torch
 
-from dtpm_fast import rtv_smooth
+from dtpm_fast import rtv_smooth, smoothing
 from dtpm_fast.smoothing import cuda_unavailable
 
 MISSING = cuda_unavailable()
@@ -54,6 +57,49 @@ def test_numpy_and_cpu_tensors_come_back() -> None:
     tensor = rtv_smooth(torch.from_numpy(image), device="cuda")
     assert not tensor.is_cuda
     np.testing.assert_array_equal(tensor.numpy(), smooth)
+
+
+def test_every_thread_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for CUDA: which stream the pictures of which thread are smoothed and copied back on."""
+    current = threading.local()
+    used: list[tuple[int, object]] = []
+
+    @contextmanager
+    def on(stream: object) -> Iterator[None]:
+        current.stream = stream
+        yield
+        del current.stream
+
+    def smooth(image: torch.Tensor, *settings: object) -> tuple[torch.Tensor, None]:
+        used.append((threading.get_ident(), current.stream))
+        return image / 2, None
+
+    monkeypatch.setattr(smoothing, "cuda_unavailable", lambda device: None)
+    monkeypatch.setattr(smoothing, "_smooth_cuda", smooth)
+    for name, value in {"Stream": object, "stream": on, "device": lambda device: nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    image = np.full((4, 5, 3), 0.5, np.float32)
+    together = threading.Barrier(2)
+
+    def work() -> None:
+        together.wait(timeout=60)
+        for _ in range(3):
+            assert (rtv_smooth(image, device="cuda") == 0.25).all()
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(work) for _ in range(2)]:
+            future.result()
+    assert len(used) == 6
+    assert len(set(used)) == len({stream for _, stream in used}) == 2
+
+
+@needs_gpu
+def test_threads_at_once_on_the_gpu() -> None:
+    images = np.random.default_rng(5).random((8, 3, 96, 80, 3)).astype(np.float32)
+    expected = [rtv_smooth(image, device="cuda") for image in images]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda image: rtv_smooth(image, device="cuda"), images))
+    np.testing.assert_array_equal(found, expected)
 
 
 @needs_gpu
