@@ -1,7 +1,8 @@
 """TensorRT as a backend: `prepare` once for a picture, then all steps as one CUDA graph.
 
 Every shape has contexts and buffers of its own. What `prepare` writes is what `step` reads: nothing is copied between
-them. The buffers' addresses never change, so the graph, captured when a shape comes first, replays for every picture.
+them. The buffers' addresses never change, so the graph, captured when a shape comes the second time (most sizes of a
+folder of photos come once, and a capture costs a run of the steps), replays for every picture.
 """
 
 from collections import OrderedDict
@@ -33,6 +34,7 @@ class Shape:
     tensors: dict[str, Tensor]
     noise: Tensor
     restored: Tensor
+    ran: bool = False
     graph: "torch.cuda.CUDAGraph | None" = None
 
 
@@ -82,10 +84,11 @@ class TensorRTStepper:
             shape.tensors["image"].copy_(y_d)
             shape.noise.copy_(noise)
             shape.prepare.run(self.stream.cuda_stream)
+            if not shape.ran:  # TensorRT finishes what a new shape needs in the first run: that could not be captured
+                self._run_steps(shape)
+                shape.ran = True
+                return shape.restored.clone()
             if shape.graph is None:
-                self._run_steps(
-                    shape
-                )  # TensorRT finishes what a new shape needs in the first run, which is not captured
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                     self._run_steps(shape)

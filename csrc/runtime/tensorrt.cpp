@@ -1,4 +1,5 @@
-// TensorRT: `prepare` once for a picture, then all steps as one CUDA graph. Written for 10.12 and newer, 11 included.
+// TensorRT: `prepare` once for a picture, then all steps, as one CUDA graph from a size's second picture on. Written for
+// 10.12 and newer, 11 included.
 //
 // Every size has contexts and buffers of its own; what `prepare` writes is what `step` reads. Whatever needs a kernel of
 // our own (the sum of y_eps and x at the end, fresh noise where eta > 0) is done by the host: three planes of floats.
@@ -145,6 +146,7 @@ struct Size {
   std::vector<FreshNoise> fresh;
   Buffers buffers;
   std::unique_ptr<nvinfer1::IExecutionContext> prepare, step;
+  bool ran = false;
   cudaGraphExec_t graph = nullptr;
 };
 
@@ -173,9 +175,14 @@ class TensorRT : public Backend {
     check(cudaMemcpyAsync(input.data, image, input.bytes, cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
     std::memcpy(size.noise.data, noise, size.noise.bytes());
     run(*size.prepare);
-    if (size.graph == nullptr) capture(size);
-    check(cudaGraphLaunch(size.graph, stream), "cudaGraphLaunch");
+    if (!size.ran) {  // TensorRT finishes what a new size needs in the first run: that could not be captured
+      steps(size);
+    } else {
+      if (size.graph == nullptr) capture(size);
+      check(cudaGraphLaunch(size.graph, stream), "cudaGraphLaunch");
+    }
     check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+    size.ran = true;
     for (size_t i = 0; i < size.x.count; ++i) restored[i] = std::clamp(size.y.data[i] + size.x.data[i], -1.0f, 1.0f);
   }
 
@@ -288,8 +295,6 @@ class TensorRT : public Backend {
   }
 
   void capture(Size& size) {
-    steps(size);  // TensorRT finishes what a new shape needs in the first run, which is not captured
-    check(cudaStreamSynchronize(stream_.handle), "cudaStreamSynchronize");
     cudaGraph_t graph = nullptr;
     check(cudaStreamBeginCapture(stream_.handle, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
     try {

@@ -144,8 +144,7 @@ class Restorer:
         """Restore a grey picture of every (height, width), so that compilers, autotuners and graph captures are done.
         Returns the seconds it took."""
         start = time.perf_counter()
-        # A graph is captured when a size comes the second time.
-        for height, width in [size for size in sizes for _ in range(2 if isinstance(self.backend, Graph) else 1)]:
+        for height, width in [size for size in sizes for _ in range(2)]:  # graphs are captured the second time
             self(torch.full((batch, 3, height, width), 0.5, device=self.device))
         seconds = time.perf_counter() - start
         logger.info("warm after %.1f s", seconds)
