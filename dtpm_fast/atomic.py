@@ -43,7 +43,7 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
         yield folder
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """Names may have 255 bytes, and the temporary one has more than its target."""
     return name.encode(errors="surrogateescape")[:200].decode(errors="ignore")
 
@@ -60,7 +60,7 @@ def _umask() -> int:
 def _replacing(target: Path, make: Callable[[Path, str], Path], mode: int) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = make(target.parent, f".{_short(target.name)}.")
+        temporary = make(target.parent, f".{short_name(target.name)}.")
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error}); choose another folder") from error
     try:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dtpm_fast.atomic import atomic_path
+from dtpm_fast.atomic import atomic_path, short_name
 from dtpm_fast.commands.run import run
 from dtpm_fast.cores import usable_cores
 from dtpm_fast.data.pictures import find_photos
@@ -296,7 +296,7 @@ class Leftovers:
             names = self._folders[target.parent] = {}
             for path in target.parent.glob(".*.png") if target.parent.is_dir() else ():
                 names.setdefault(path.name[1:].rsplit(".", 2)[0], []).append(path)
-        for leftover in self._folders[target.parent].get(target.name, ()):
+        for leftover in self._folders[target.parent].get(short_name(target.name), ()):
             leftover.unlink(missing_ok=True)
 
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from dtpm_fast import rtv_smooth
+from dtpm_fast.atomic import atomic_path
 from dtpm_fast.commands.smooth import main
 
 # A folder named ray somewhere on the path (Ray's own temporary one, say) is no Ray: it has no origin.
@@ -74,9 +75,20 @@ def test_a_rerun_does_only_what_is_missing(photos: Path, tmp_path: Path) -> None
     leftover = out / "smooth" / "deep" / f".{lost.name}.k2j3h4.png"
     leftover.write_bytes(b"half a picture")
     assert main(arguments) == 0
-    assert contents(out) == before
+    assert contents(out) == before and not leftover.exists()
     changed = {p for p, at in times.items() if p.stat().st_mtime_ns != at}
     assert changed == {lost, Path(str(lost).replace("smooth/deep", "clean/deep"))}
+
+
+def test_what_a_killed_run_left_of_a_long_name_goes(tmp_path: Path) -> None:
+    photo = f"{'n' * 240}.png"
+    write_photo(tmp_path / "photos" / photo, 20, 24, 0)
+    out = tmp_path / "out"
+    with atomic_path(out / photo) as temporary:
+        pass
+    (out / photo).rename(temporary)  # as if it had been killed before the end
+    assert main([str(tmp_path / "photos"), "-o", str(out)]) == 0
+    assert sorted(contents(out)) == ["dtpm-smooth.json", photo]
 
 
 def test_broken_photos_are_named_at_the_end(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
