@@ -6,6 +6,7 @@ TensorBoard's files. Random numbers need no state: batch, noise and gamma of an 
 the iteration alone.
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 from dtpm_fast.atomic import atomic_path
 from dtpm_fast.errors import UserError
 
+logger = logging.getLogger("dtpm_fast")
 RELEASE = 10.0  # seconds that a killed process may take to let go of its folder
 
 
@@ -31,8 +33,8 @@ def locked(run: Path) -> Iterator[None]:
         lock.acquire(timeout=RELEASE)
     except Timeout:
         raise UserError(f"{run}: another process trains there; stop it first, or choose another folder") from None
-    except NotImplementedError:  # a file system without locks
-        pass
+    except NotImplementedError:
+        logger.warning("%s: this file system has no locks; see that no other process trains there", run)
     try:
         for left in (run / "checkpoints").glob(".step-*.pt"):  # half a state, of a process that was killed
             left.unlink(missing_ok=True)

@@ -152,6 +152,16 @@ def test_half_a_state_of_a_killed_process_goes(tmp_path):
         assert list((tmp_path / "checkpoints").iterdir()) == list_states(tmp_path)
 
 
+def test_a_file_system_without_locks_is_said(tmp_path, caplog, monkeypatch):
+    def acquire(lock, timeout):
+        raise NotImplementedError
+
+    monkeypatch.setattr("dtpm_fast.training.checkpoints.FileLock.acquire", acquire)
+    with locked(tmp_path):
+        pass
+    assert f"{tmp_path}: this file system has no locks" in caplog.text
+
+
 def hold(folder, ready):
     with locked(folder):
         ready.set()
