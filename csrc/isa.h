@@ -4,14 +4,29 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__x86_64__) && defined(__linux__)
 #define HAVE_TILES
-#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
-enum class Isa { portable, avx2, avx512, amx };  // amx: AVX-512, and tiles that multiply bfloat16
+// The last two are AVX-512 with products of bfloat16: by dot products of pairs, by tiles.
+enum class Isa { portable, avx2, avx512, avx512bf16, amx };
+
+inline bool in_bfloat16(Isa isa) { return isa == Isa::avx512bf16 || isa == Isa::amx; }
+
+// AVX512_BF16: rounding to bfloat16, and dot products of it.
+inline bool has_bfloat16() {
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+#else
+    return false;
+#endif
+}
 
 // Whether the CPU has tiles for bfloat16, and Linux lets this process use them.
 inline bool has_tiles() {
@@ -20,7 +35,6 @@ inline bool has_tiles() {
         constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // of arch_prctl
         unsigned a, b, c, d;
         if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 22) || !(d & 1u << 24)) return false;
-        if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;  // rounding to bfloat16
         return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
     }();
     return found;
@@ -30,7 +44,7 @@ inline bool has_tiles() {
 }
 
 inline bool supports(Isa isa) {
-    if (isa == Isa::amx) return supports(Isa::avx512) && has_tiles();
+    if (in_bfloat16(isa)) return supports(Isa::avx512) && has_bfloat16() && (isa == Isa::avx512bf16 || has_tiles());
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (isa == Isa::avx512)

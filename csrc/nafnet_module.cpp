@@ -47,8 +47,9 @@ nafnet::Rows rows_of(const Array& rows, const nafnet::Shape& s, const char* what
 }
 
 Isa set_named(const std::string& name) {
-    if (name != "amx") return isa_named(name);
-    return supports(Isa::amx) ? Isa::amx : throw std::runtime_error("this CPU has no amx");
+    if (name != "amx" && name != "avx512bf16") return isa_named(name);
+    const Isa isa = name == "amx" ? Isa::amx : Isa::avx512bf16;
+    return supports(isa) ? isa : throw std::runtime_error("this CPU has no " + name);
 }
 
 int checked(int threads) { return threads > 0 ? threads : throw std::invalid_argument("threads: must be positive"); }
@@ -184,12 +185,12 @@ PYBIND11_MODULE(_nafnet, module) {
     module.def("strip_width", [](long height, long width, long channels) {
         return nafnet::strip_width({1, height, width, channels});
     });
-    // Each with its lanes, the best first; for bfloat16, those whose tiles multiply it.
+    // Each with its lanes, the best first; for bfloat16, those that multiply it.
     module.def("instruction_sets", [](bool bfloat16) {
         std::vector<std::pair<std::string, int>> found;
-        for (const auto& [name, isa] : {std::pair{"amx", Isa::amx}, {"avx512", Isa::avx512}, {"avx2", Isa::avx2},
-                                        {"portable", Isa::portable}})
-            if (supports(isa) && (isa == Isa::amx) == bfloat16) found.emplace_back(name, nafnet::lanes(isa));
+        for (const auto& [name, isa] : {std::pair{"amx", Isa::amx}, {"avx512bf16", Isa::avx512bf16}, {"avx512", Isa::avx512},
+                                        {"avx2", Isa::avx2}, {"portable", Isa::portable}})
+            if (supports(isa) && in_bfloat16(isa) == bfloat16) found.emplace_back(name, nafnet::lanes(isa));
         return found;
     }, py::arg("bfloat16") = false);
 }

@@ -1,12 +1,9 @@
-// Products of pixels and weights in bfloat16, summed in float32, by a CPU's tiles (Intel AMX); everything else as with
-// AVX-512. Behind products.h, included like it.
+// Products in bfloat16 by a CPU's tiles (Intel AMX). Behind pairs.h, included like it.
 //
 // Three times 16 pixels by 32 outputs are summed at once: tiles 0 to 5. The assembler's names are written out, because the
 // compilers' functions for tiles differ in what memory they say they read.
 
-struct TileProducts : FloatProducts<16, 8> {
-    typedef unsigned bits __attribute__((vector_size(V * 4)));
-
+struct TileProducts : PairProducts {
     // A thread's tiles, all of 16 rows of 64 bytes.
     struct Ready {
         Ready() {
@@ -22,29 +19,12 @@ struct TileProducts : FloatProducts<16, 8> {
         Ready& operator=(const Ready&) = delete;
     };
 
-    static long packed(long inputs) { return (inputs + 31) / 32 * 16; }  // a tile takes 16 pairs of inputs
-
-    static void scale(const float* weight, const float* by, long row, long inputs, float* to) {
-        const float even = 2 * row < inputs ? by[2 * row] : 0, odd = 2 * row < inputs ? by[2 * row + 1] : 0;
-        for (int i = 0; i < 2 * V; i += V) {
-            const bits pair = bits(load(weight + i));
-            store(to + i, vec(widened(vec(pair << 16) * even) | widened(vec(pair & 0xffff0000u) * odd) << 16));
-        }
-    }
-
     // As FloatProducts::product, whose `input` is read up to row n only.
     template <class Take>
     static void product(const float* input, long stride, long n, long inputs, const float* weight, long panels,
                         const Take& take) {
         const long pairs = packed(inputs), row = pairs + V;  // in floats; V more keep rows out of one cache set
-        float* pixels = rounded((n + 15) / 16 * 16 * row);  // behind row n is what was there: its sums are not taken
-        for (long p = 0; p < n; ++p)
-            for (long i = 0; i < inputs; i += 2 * V) {
-                const float* from = input + p * stride + i;
-                const __m512 second = i + V < inputs ? _mm512_loadu_ps(from + V) : _mm512_setzero_ps();
-                const __m512bh both = _mm512_cvtne2ps_pbh(second, _mm512_loadu_ps(from));
-                std::memcpy(pixels + p * row + i / 2, &both, sizeof both);
-            }
+        const float* pixels = rounded_rows(input, stride, n, inputs, row);  // behind row n sums are not taken
         for (long panel = 0; panel < panels; ++panel, weight += pairs * 2 * V) {
             long first = 0;
             for (; n - first > 32; first += 48)
@@ -82,12 +62,6 @@ private:
         if constexpr (COUNT > 1) keep<2>(sums + 32 * V), keep<3>(sums + 33 * V);
         if constexpr (COUNT > 2) keep<4>(sums + 64 * V), keep<5>(sums + 65 * V);
         for (long p = 0; p < n; ++p) take(first + p, panel, load(sums + p * 2 * V), load(sums + p * 2 * V + V));
-    }
-
-    static bits widened(vec values) {  // as bfloat16, in the lower half of 32 bits
-        const __m256bh narrow = _mm512_cvtneps_pbh(__m512(values));
-        typedef unsigned short halves __attribute__((vector_size(V * 2)));
-        return __builtin_convertvector(halves(narrow), bits);
     }
 
     template <int TILE>

@@ -7,7 +7,7 @@
 #include <memory>
 #include <new>
 #include <utility>
-#ifdef HAVE_TILES
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -47,7 +47,7 @@ float* shared(long floats) {  // of all threads of a call
     return workspace.take(floats);
 }
 
-#ifdef HAVE_TILES
+#if defined(__x86_64__)
 float* rounded(long floats) {  // of this thread: pixels in bfloat16
     static thread_local Workspace workspace;
     return workspace.take(floats);
@@ -72,27 +72,30 @@ namespace avx512 {
 #include "engine.h"
 }
 #include "../target/end.h"
-#ifdef HAVE_TILES
-#include "../target/amx.h"
-namespace amx {
+#include "../target/avx512bf16.h"
+namespace avx512bf16 {
 #include "products.h"
+#include "pairs.h"
+#include "dots.h"
+#ifdef HAVE_TILES
 #include "tiles.h"
+#endif
 #include "engine.h"
 }
 #include "../target/end.h"
-#endif
 #endif
 
 // Calls `part` of the engine for an instruction set.
 #ifdef HAVE_TILES
 #define DISPATCH_AMX(part, ...) \
-    if (isa == Isa::amx) return amx::Engine<amx::TileProducts>::part(__VA_ARGS__)
+    if (isa == Isa::amx) return avx512bf16::Engine<avx512bf16::TileProducts>::part(__VA_ARGS__)
 #else
 #define DISPATCH_AMX(part, ...)
 #endif
 #if defined(__x86_64__)
 #define DISPATCH(part, ...)                                                                                 \
     DISPATCH_AMX(part, __VA_ARGS__);                                                                        \
+    if (isa == Isa::avx512bf16) return avx512bf16::Engine<avx512bf16::DotProducts>::part(__VA_ARGS__);      \
     if (isa == Isa::avx512) return avx512::Engine<avx512::FloatProducts<16, 8>>::part(__VA_ARGS__);         \
     if (isa == Isa::avx2) return avx2::Engine<avx2::FloatProducts<8, 6>>::part(__VA_ARGS__);                \
     return portable::Engine<portable::FloatProducts<4, 4>>::part(__VA_ARGS__)
@@ -102,11 +105,11 @@ namespace amx {
 
 }  // namespace
 
-int lanes(Isa isa) { return isa == Isa::amx || isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4; }
+int lanes(Isa isa) { return isa == Isa::avx2 ? 8 : isa == Isa::portable ? 4 : 16; }
 
 long packed([[maybe_unused]] Isa isa, long inputs) {
-#ifdef HAVE_TILES
-    if (isa == Isa::amx) return amx::TileProducts::packed(inputs);
+#if defined(__x86_64__)
+    if (in_bfloat16(isa)) return avx512bf16::PairProducts::packed(inputs);
 #endif
     return inputs;
 }

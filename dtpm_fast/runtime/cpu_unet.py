@@ -1,5 +1,5 @@
 """The folded U-Net on a CPU, through the compiled module `dtpm_fast._nafnet` (csrc/nafnet). Maps and sums are float32;
-where the CPU has a unit for it (Intel AMX), products can be in bfloat16.
+where the CPU multiplies it (Intel AMX, AVX512_BF16), products can be in bfloat16.
 
 A block is two passes over its map, split where channel attention needs the mean of the whole picture. What the parts
 compute, how weights are packed and what is fused is said in csrc/nafnet/unet.h; the folding is FoldedUNet's own.
@@ -29,9 +29,12 @@ else:
         _nafnet = None
 
 
+PAIRED = ("amx", "avx512bf16")  # multiply pairs of inputs in bfloat16
+
+
 def instruction_set(dtype: torch.dtype, *widths: int) -> str | None:
-    """The best instruction set that multiplies this dtype and whose vectors these channels fill: "amx" for bfloat16;
-    "avx512", "avx2" or "portable" for float32. None where there is none, or no compiled module."""
+    """The best instruction set that multiplies this dtype and whose vectors these channels fill: "amx" or "avx512bf16"
+    for bfloat16; "avx512", "avx2" or "portable" for float32. None where there is none, or no compiled module."""
     if _nafnet is None or dtype not in (torch.float32, torch.bfloat16):
         return None
     sets = _nafnet.instruction_sets(bfloat16=dtype == torch.bfloat16)
@@ -226,7 +229,7 @@ def native_update(row: Tensor, x: Tensor, output: Tensor, previous: Tensor, y_ep
 
 
 def _lanes(isa: str) -> int:
-    return dict(_nafnet.instruction_sets(bfloat16=isa == "amx"))[isa]
+    return dict(_nafnet.instruction_sets(bfloat16=isa in PAIRED))[isa]
 
 
 def _pack(weight: Tensor, isa: str) -> Tensor:
@@ -249,9 +252,9 @@ def _panels_gated(weight: Tensor, lanes: int) -> Tensor:
 
 
 def _pairs(panels: Tensor, isa: str) -> Tensor:
-    """Panels as they are, or for AMX (panels, inputs / 2, 2 lanes): two inputs in bfloat16 in the bits of a float32,
+    """Panels as they are, or for bfloat16 (panels, inputs / 2, 2 lanes): two inputs in bfloat16 in the bits of a float32,
     inputs padded with zeros to 32."""
-    if isa != "amx":
+    if isa not in PAIRED:
         return panels
     count, inputs, outputs = panels.shape
     padded = F.pad(panels, (0, 0, 0, -inputs % 32)).to(torch.bfloat16)

@@ -24,8 +24,8 @@ from dtpm_fast.runtime.unet import FoldedUNet, MergedAdapter, PictureMap, own_me
 _nafnet = pytest.importorskip("dtpm_fast._nafnet", reason="dtpm_fast._nafnet was not built, which needs OpenMP")
 
 ISAS = _nafnet.instruction_sets()
-TILES = _nafnet.instruction_sets(bfloat16=True)
-needs_tiles = pytest.mark.skipif(not TILES, reason="this CPU has no tiles that multiply bfloat16 (Intel AMX)")
+PAIRED = [name for name, _ in _nafnet.instruction_sets(bfloat16=True)]
+needs_bfloat16 = pytest.mark.skipif(not PAIRED, reason="this CPU multiplies no bfloat16 (AVX512_BF16, Intel AMX)")
 # Samples, channels, height, width: one pixel, odd sides, several bands and column strips, channels that fill no panel.
 SHAPES = [(1, 16, 1, 1), (3, 24, 5, 7), (1, 32, 67, 50), (2, 40, 1, 33), (1, 256, 3, 131), (1, 96, 9, 2)]
 
@@ -109,28 +109,32 @@ def test_a_block_is_as_exact_as_eager(isa: str, lanes: int, shape: tuple[int, ..
         assert error(ours, exact) <= 1.5 * error(eager, exact)
 
 
-@needs_tiles
+@needs_bfloat16
+@pytest.mark.parametrize("isa", PAIRED)
 @pytest.mark.parametrize("adapted", [False, True], ids=["alone", "adapter"])
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] % 16 == 0] + [(2, 48, 6, 9)], ids=str)
-def test_a_block_on_tiles_is_more_exact_than_eager_bfloat16(shape: tuple[int, ...], adapted: bool) -> None:
+def test_a_block_with_rounded_products_is_more_exact_than_eager_bfloat16(
+    isa: str, shape: tuple[int, ...], adapted: bool
+) -> None:
     """Only its products are rounded, and maps are not: three quarters of eager's error is a bound."""
     for offset in (0.0, 100.0):
         ours, eager, exact = [], [], []
         for _ in range(4):
             block, x, rows, adapter, y = drawn(shape, offset, adapted)
-            ours.append(compiled("amx", block, x, rows, adapter, y))
+            ours.append(compiled(isa, block, x, rows, adapter, y))
             eager.append(plain_in(torch.bfloat16, block, x, rows, adapter, y))
             exact.append(plain_in(torch.float64, block, x, rows, adapter, y))
         assert error(ours, exact) <= 0.75 * error(eager, exact)
 
 
-@needs_tiles
-def test_the_whole_network_on_tiles_is_more_exact_than_folded_bfloat16() -> None:
+@needs_bfloat16
+@pytest.mark.parametrize("isa", PAIRED)
+def test_the_whole_network_with_rounded_products_is_more_exact_than_folded_bfloat16(isa: str) -> None:
     network, rows = network_and_rows(32)
     ours, eager, exact = [], [], []
     for _ in range(4):
         h = torch.randn(2, 12, 20, 32)
-        ours.append(CpuUNet(network, {}, "amx")(h.clone(), rows, {}))
+        ours.append(CpuUNet(network, {}, isa)(h.clone(), rows, {}))
         eager.append(FoldedUNet(network, {}, torch.bfloat16)(h.bfloat16(), rows.bfloat16(), {}))
         exact.append(FoldedUNet(network, {}, torch.float64)(h.double(), rows.double(), {}))
     assert error(ours, exact) <= 0.75 * error(eager, exact)
@@ -187,7 +191,7 @@ def test_an_update_keeps_nan() -> None:
         assert torch.equal(values.isnan(), output.isnan())
 
 
-@pytest.mark.parametrize("isa", [name for name, _ in ISAS[:1] + TILES])
+@pytest.mark.parametrize("isa", [ISAS[0][0], *PAIRED])
 def test_no_bit_depends_on_the_number_of_threads(isa: str) -> None:
     block, (x, *rows) = inputs(2, 64, 70, 300, 0.0)  # several strips, bands and chunks
     assert _nafnet.strip_width(70, 300, 64) < 300
@@ -242,12 +246,13 @@ def test_wrong_arrays_are_refused_and_not_read() -> None:
         _nafnet.down(ok, weight, bias, out, threads=0, isa="portable")
     with pytest.raises(ValueError, match="unknown instruction set neon"):
         _nafnet.down(ok, weight, bias, out, threads=1, isa="neon")
-    if TILES:  # their weights are pairs: half as many numbers
-        with pytest.raises(ValueError, match="weight: expected 1024 values, got 2048"):
-            _nafnet.down(ok, weight, bias, out, threads=1, isa="amx")
-    else:
-        with pytest.raises(RuntimeError, match="no amx"):
-            _nafnet.down(ok, weight, bias, out, threads=1, isa="amx")
+    for isa in ("amx", "avx512bf16"):
+        if isa in PAIRED:  # their weights are pairs: half as many numbers
+            with pytest.raises(ValueError, match="weight: expected 1024 values, got 2048"):
+                _nafnet.down(ok, weight, bias, out, threads=1, isa=isa)
+        else:
+            with pytest.raises(RuntimeError, match=f"no {isa}"):
+                _nafnet.down(ok, weight, bias, out, threads=1, isa=isa)
 
 
 def test_fused_says_which_blocks_run_and_falls_back_to_pytorch(
@@ -260,7 +265,7 @@ def test_fused_says_which_blocks_run_and_falls_back_to_pytorch(
     assert why.endswith(f"blocks compiled for {native_form(model, torch.float32)}")
     plan, why = choose_backend("fused", model, steps, torch.device("cpu"), "bfloat16")
     assert isinstance(plan, Plan) and plan.form == ("native" if native_form(model, torch.bfloat16) else "folded")
-    assert why.endswith("blocks compiled for amx" if TILES and plan.form == "native" else "blocks in PyTorch")
+    assert why.endswith(f"blocks compiled for {PAIRED[0]}" if plan.form == "native" else "blocks in PyTorch")
     odd, odd_config = random_model(width=18, adapter_ratio=0.5)
     plan, why = choose_backend("fused", odd, make_steps(odd_config, 2), torch.device("cpu"), "float32")
     assert isinstance(plan, Plan) and plan.form == "folded" and why.endswith("blocks in PyTorch")
