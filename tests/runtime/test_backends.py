@@ -92,6 +92,8 @@ def test_precision_follows_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     amx, avx2 = {torch.bfloat16: "amx", torch.float32: "avx512"}, {torch.float32: "avx2"}
     monkeypatch.setattr("dtpm_fast.runtime.precision._cpu_has", lambda unit: True)
     assert choose_precision("auto", CPU, amx.get) == (torch.bfloat16, "this CPU multiplies it (amx)")
+    dots = {torch.bfloat16: "avx512bf16", torch.float32: "avx512"}
+    assert choose_precision("auto", CPU, dots.get) == (torch.bfloat16, "this CPU multiplies it (avx512bf16)")
     assert choose_precision("auto", CPU, avx2.get)[0] == torch.float32  # not PyTorch's operators in bfloat16
     assert choose_precision("float32", CPU) == (torch.float32, "as asked")
 
