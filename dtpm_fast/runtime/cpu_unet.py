@@ -252,8 +252,8 @@ def _panels_gated(weight: Tensor, lanes: int) -> Tensor:
 
 
 def _pairs(panels: Tensor, isa: str) -> Tensor:
-    """Panels as they are, or for bfloat16 (panels, inputs / 2, 2 lanes): two inputs in bfloat16 in the bits of a float32,
-    inputs padded with zeros to 32."""
+    """Panels as they are, or for products in bfloat16 (panels, inputs / 2, 2 lanes): two inputs in bfloat16 in the bits
+    of a float32, inputs padded with zeros to 32."""
     if isa not in PAIRED:
         return panels
     count, inputs, outputs = panels.shape
