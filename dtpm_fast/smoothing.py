@@ -120,7 +120,7 @@ def rtv_smooth(
         import torch as torch_
 
         given = torch_.from_numpy(np.require(array, requirements=["C", "W"]))
-        with torch_.cuda.device(device), torch_.cuda.stream(_own_stream(device)):
+        with torch_.cuda.device(device), torch_.cuda.stream(_own_stream()):
             tensor, info = _smooth_cuda(given, lam, sigma, sharpness, iterations, solver, mode, tol, device)
             out[...] = tensor.cpu().numpy()
         return (out, info) if return_info else out
@@ -161,14 +161,15 @@ def cuda_unavailable(device: "torch.device | str" = "cuda") -> str | None:
     return None
 
 
-def _own_stream(device: str) -> "torch.cuda.Stream":
-    """The calling thread's own. Threads share the one that PyTorch gives them, where the few crops of one's photo, a
-    multiprocessor each, would wait for those of another's."""
+def _own_stream() -> "torch.cuda.Stream":
+    """The calling thread's own on the current device. Threads share the one that PyTorch gives them, where the few
+    crops of one's photo, a multiprocessor each, would wait for those of another's."""
     import torch
 
-    if device not in vars(_streams):
-        vars(_streams)[device] = torch.cuda.Stream()
-    return vars(_streams)[device]
+    name = f"cuda:{torch.cuda.current_device()}"
+    if name not in vars(_streams):
+        vars(_streams)[name] = torch.cuda.Stream()
+    return vars(_streams)[name]
 
 
 def _smooth_cuda(

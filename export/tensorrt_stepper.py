@@ -87,13 +87,13 @@ class TensorRTStepper:
             if not shape.ran:  # TensorRT finishes what a new shape needs in the first run: that could not be captured
                 self._run_steps(shape)
                 shape.ran = True
-                return shape.restored.clone()
-            if shape.graph is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                    self._run_steps(shape)
-                shape.graph = graph
-            shape.graph.replay()
+            else:
+                if shape.graph is None:
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                        self._run_steps(shape)
+                    shape.graph = graph
+                shape.graph.replay()
         return shape.restored.clone()
 
     def refit(self, graphs: dict[str, bytes]) -> None:

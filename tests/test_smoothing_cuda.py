@@ -76,7 +76,8 @@ def test_every_thread_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(smoothing, "cuda_unavailable", lambda device: None)
     monkeypatch.setattr(smoothing, "_smooth_cuda", smooth)
-    for name, value in {"Stream": object, "stream": on, "device": lambda device: nullcontext()}.items():
+    fakes = {"Stream": object, "stream": on, "device": lambda device: nullcontext(), "current_device": lambda: 0}
+    for name, value in fakes.items():
         monkeypatch.setattr(torch.cuda, name, value)
     image = np.full((4, 5, 3), 0.5, np.float32)
     together = threading.Barrier(2)

@@ -5,9 +5,9 @@
 // padded with zeros. Where a SimpleGate follows, the 2V outputs of a panel are V of the first half and their V partners
 // of the second half, so that the gate is a product of two registers.
 //
-// Everything is float32 but for the 1x1 and 2x2 convolutions under Isa::amx and Isa::avx512bf16: those multiply in bfloat16
-// and sum in float32. Their weights are pairs of bfloat16 numbers, of two neighbouring inputs, in the place of one float: [outputs / 2V]
-// [packed][2V] pairs, inputs padded with zeros.
+// Everything is float32 but for the 1x1 and 2x2 convolutions under Isa::amx and Isa::avx512bf16: those multiply in
+// bfloat16 and sum in float32. Their weights are pairs of bfloat16 numbers, of two neighbouring inputs, in the place of
+// one float: [outputs / 2V][packed][2V] pairs, inputs padded with zeros.
 //
 // No result depends on the number of threads: every value is summed in one fixed order.
 #pragma once
