@@ -62,8 +62,7 @@ def block_forward(
     float64."""
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         h = _adaln_conv1x1(x, modulation, weights, eps)
-        g, mean = _dwconv_gate_pool(h, weights)
-        attention = attention_of(mean, weights.sca_weight, weights.sca_bias)
+        g, mean, attention = _dwconv_gate_attention(h, weights)
         z, y = _attention_ffn(g, attention, x, modulation, weights, adapter, eps, save)
     return z, y, g, mean
 
@@ -145,14 +144,24 @@ def _adaln_conv1x1(x: Tensor, modulation: Modulation, weights: BlockWeights, eps
     return adaln_conv1x1_forward(x, shift, scale, weights.conv1_weight, weights.conv1_bias, eps, options)
 
 
-def _dwconv_gate_pool(h: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
+def _dwconv_gate_attention(h: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """The gate's output g, its means over the pixels (B, C) in float64, and the attention (B, C) that follows."""
     if runs_triton(h):
-        from dtpm_fast.kernels.dwconv_triton import dwconv_gate_pool_forward
+        from dtpm_fast.kernels.channel_attention_triton import mean_and_attention
 
-        options = _always_fused("dwconv_gate_pool_forward", h)
-        return dwconv_gate_pool_forward(h, weights.conv2_weight, weights.conv2_bias, options)
+        g, sums = _dwconv_gate_pool(h, weights)
+        return g, *mean_and_attention(sums, h.shape[2] * h.shape[3], weights.sca_weight, weights.sca_bias)
     g = compute_simple_gate(F.conv2d(h, weights.conv2_weight, weights.conv2_bias, padding=1, groups=h.shape[1]))
-    return g, compute_channel_means(g)
+    mean = compute_channel_means(g)
+    return g, mean, attention_of(mean, weights.sca_weight, weights.sca_bias)
+
+
+def _dwconv_gate_pool(h: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
+    """K2 alone: the gate's output, and the sums that its strips leave."""
+    from dtpm_fast.kernels.dwconv_triton import dwconv_gate_pool_forward
+
+    options = _always_fused("dwconv_gate_pool_forward", h)
+    return dwconv_gate_pool_forward(h, weights.conv2_weight, weights.conv2_bias, options)
 
 
 def _attention_ffn(
@@ -171,7 +180,7 @@ def _attention_ffn(
 
         return attention_ffn_forward(
             g,
-            attention.float(),
+            attention,
             x,
             (weights.conv3_weight, weights.conv3_bias),
             weights.beta,

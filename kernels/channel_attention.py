@@ -56,7 +56,7 @@ def compute_channel_means(x: Tensor, other: Tensor | None = None) -> Tensor:
 
 
 def compute_scaling(x: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-    """`x · scale + offset` with scale and offset (B, C) in float64, in `x`'s dtype and layout."""
+    """`x · scale + offset` with scale and offset (B, C) in float64 or float32, in `x`'s dtype and layout."""
     if runs_triton(x):
         from dtpm_fast.kernels.channel_attention_triton import scale_channels
 
@@ -70,8 +70,13 @@ def compute_scaling(x: Tensor, scale: Tensor, offset: Tensor | None = None) -> T
 def _channel_attention(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """The result and the means (B, C) in float64, which the backward needs."""
     with torch.cuda.device_of(x):
-        mean = compute_channel_means(x)
-        return compute_scaling(x, attention_of(mean, weight, bias)), mean
+        if not runs_triton(x):
+            mean = compute_channel_means(x)
+            return compute_scaling(x, attention_of(mean, weight, bias)), mean
+        from dtpm_fast.kernels.channel_attention_triton import channel_sums, mean_and_attention
+
+        mean, attention = mean_and_attention(channel_sums(x), x.shape[2] * x.shape[3], weight, bias)
+        return compute_scaling(x, attention), mean
 
 
 @_channel_attention.register_fake

@@ -40,8 +40,10 @@ CAPABILITIES = (80, 90)
 CHANNELS = (16, 32, 48, 64, 128, 256, 512)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Pointers to float32 whatever the maps hold: sums, and vectors that were sums.
+# Pointers to float32 or float64 whatever the maps hold: sums, and vectors that were sums.
+FLOAT64 = {"attention_kernel": {"mean_ptr"}}
 FLOAT32 = {
+    "attention_kernel": {"sums_ptr", "attention_ptr"},
     "adaln_backward_kernel": {"grad_shift_ptr", "grad_scale_ptr"},
     "channel_sums_kernel": {"sums_ptr"},
     "scale_channels_kernel": {"scale_ptr", "offset_ptr"},
@@ -103,7 +105,9 @@ def compile_case(case: Case, capability: int, multiples_of_16: bool = False) -> 
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in FLOAT32.get(kernel.fn.__name__, ()) else pointer
+            wide = name in FLOAT32.get(kernel.fn.__name__, ())
+            double = name in FLOAT64.get(kernel.fn.__name__, ())
+            signature[name] = "*fp32" if wide else "*fp64" if double else pointer
             attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "eps" else "i32"
@@ -125,6 +129,8 @@ def _stand_alone(channels: int, dtype: torch.dtype) -> Iterator[Case]:
         product, offset = layout | {"PRODUCT": True}, layout | {"OFFSET": True}
         yield Case(channel_attention_triton.channel_sums_kernel, channels, dtype, product, options)
         yield Case(channel_attention_triton.scale_channels_kernel, channels, dtype, offset, options)
+    options = channel_attention_triton.attention_options(channels)
+    yield Case(channel_attention_triton.attention_kernel, channels, dtype, {"CHANNELS": channels}, options)
     options = simple_gate_triton.launch_options(channels)
     for kernel in (simple_gate_triton.simple_gate_forward_kernel, simple_gate_triton.simple_gate_backward_kernel):
         yield Case(kernel, channels, dtype, {}, options)
@@ -153,6 +159,8 @@ def _fused(channels: int, dtype: torch.dtype) -> Iterator[Case]:
         options = options_of(name, channels, dtype)
         if options is not None:
             yield Case(kernel, channels, dtype, constants, options)
+            if "ROWS" in options and channels == CHANNELS[-1]:  # as short as small maps make them
+                yield Case(kernel, channels, dtype, constants, options | {"ROWS": 2})
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

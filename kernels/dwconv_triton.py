@@ -13,20 +13,24 @@ import triton.language as tl
 from dtpm_fast.kernels.dispatch import Options
 from dtpm_fast.kernels.tiles import COMPILER, add_partials, empty_map, sum_pixels
 
+# Of a launch, where a map has enough rows: the multiprocessors of an H100. One number for all GPUs, so that sums keep
+# their order.
+FEWEST_PROGRAMS = 132
+
 
 def dwconv_gate_pool_forward(
     h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`simple_gate(conv3x3(h))` of (B, 2C, H, W), and its mean over the pixels, (B, C) in float64."""
+    """`simple_gate(conv3x3(h))` of (B, 2C, H, W), and each strip's sums over its pixels, (B, strips, C) in float32."""
     samples, doubled, height, width = h.shape
     channels = doubled // 2
-    grid = _grid(h, channels, options)
+    grid, options = launch(h, channels, options)
     out = empty_map((samples, channels, height, width), h)
     sums = h.new_empty((samples, grid[0], channels), dtype=torch.float32)
     dwconv_gate_pool_forward_kernel[grid](
         h, weight, bias, out, sums, height, width, CHANNELS=channels, **options, **COMPILER
     )
-    return out, add_partials(sums) / (height * width)
+    return out, sums
 
 
 def gate_backward(
@@ -46,7 +50,7 @@ def gate_backward(
     in float64).
     """
     samples, doubled, height, width = h.shape
-    grid = _grid(h, doubled // 2, options)
+    grid, options = launch(h, doubled // 2, options)
     out = empty_map(h.shape, h)
     sums = h.new_empty((samples, 0 if frozen else grid[0], 10, doubled), dtype=torch.float32)
     gate_backward_kernel[grid](
@@ -63,17 +67,21 @@ def dwconv_backward(grad: torch.Tensor, weight: torch.Tensor, options: Options) 
     """Gradient of the depth-wise convolution's input: the transposed convolution of its output's."""
     _, channels, height, width = grad.shape
     out = empty_map(grad.shape, grad)
-    dwconv_backward_kernel[_grid(grad, channels, options)](
-        grad, weight, out, height, width, CHANNELS=channels, **options, **COMPILER
-    )
+    grid, options = launch(grad, channels, options)
+    dwconv_backward_kernel[grid](grad, weight, out, height, width, CHANNELS=channels, **options, **COMPILER)
     return out
 
 
-def _grid(h: torch.Tensor, channels: int, options: Options) -> tuple[int, int, int]:
+def launch(h: torch.Tensor, channels: int, options: Options) -> tuple[tuple[int, int, int], Options]:
+    """The grid (strips, samples, blocks of channels) for a map, and the options: the table's, but with shorter strips
+    where a small map would leave most of a GPU idle, because a strip's rows follow each other."""
     samples, _, height, width = h.shape
     across = triton.cdiv(width, options["GROUPS"] * options["COLUMNS"])
-    strips = triton.cdiv(height, options["ROWS"]) * across
-    return strips, samples, triton.cdiv(channels, options["BLOCK_C"])
+    blocks = triton.cdiv(channels, options["BLOCK_C"])
+    rows = options["ROWS"]
+    while rows >= 4 and triton.cdiv(height, rows) * across * samples * blocks < FEWEST_PROGRAMS:
+        rows //= 2
+    return (triton.cdiv(height, rows) * across, samples, blocks), options | {"ROWS": rows}
 
 
 @triton.jit

@@ -30,7 +30,6 @@ from dtpm_fast.commands.run import run
 from dtpm_fast.errors import UserError
 from dtpm_fast.kernels import block_compute
 from dtpm_fast.kernels.block_compute import BlockWeights, Modulation
-from dtpm_fast.kernels.channel_attention import attention_of
 from dtpm_fast.kernels.dispatch import ALWAYS, ANY, Options, Table, read_table, table, using_table
 from dtpm_fast.kernels.traffic import block_inputs
 
@@ -173,8 +172,7 @@ def _steps(channels: int, dtype: torch.dtype, side: int = 0, batch: int = BATCH)
     inputs = block_inputs(batch, channels, side, side, dtype, "cuda")
     x, modulation, weights = inputs[0], Modulation(*inputs[1:5]), BlockWeights(*inputs[5:])
     h = block_compute._adaln_conv1x1(x, modulation, weights, EPS)
-    g, mean = block_compute._dwconv_gate_pool(h, weights)
-    attention = attention_of(mean, weights.sca_weight, weights.sca_bias)
+    g, mean, attention = block_compute._dwconv_gate_attention(h, weights)
     arguments = (g, attention, x, modulation, weights, None, EPS, True)
     return {
         "adaln_conv1x1_forward": lambda: block_compute._adaln_conv1x1(x, modulation, weights, EPS),

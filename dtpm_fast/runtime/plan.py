@@ -22,7 +22,16 @@ from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.model.unet import UNet
 from dtpm_fast.runtime.cpu_unet import CpuBlock, CpuPictureMap, CpuUNet, instruction_set, native_update, scratch
 from dtpm_fast.runtime.sampler import C_IN, Conditions, Steps, sample, update
-from dtpm_fast.runtime.unet import FoldedBlock, FoldedUNet, KernelBlock, Mean, MergedAdapter, PictureMap, own_mean
+from dtpm_fast.runtime.unet import (
+    FoldedBlock,
+    FoldedUNet,
+    KernelBlock,
+    KernelUNet,
+    Mean,
+    MergedAdapter,
+    PictureMap,
+    own_mean,
+)
 
 # What the U-Nets run through: PyTorch's operators, the fused Triton kernels, or the compiled parts for CPUs.
 Form = Literal["folded", "kernels", "native"]
@@ -55,7 +64,7 @@ class Prepare(nn.Module):
             self.predictor = _unet(form, model.predictor, {}, dtype)
             blocks = [cast(NAFBlock, model.predictor.get_submodule(position)) for position in self.predictor.positions]
             affine = [p.detach() for b in blocks for norm in (b.norm1, b.norm2) for p in (norm.bias, norm.weight)]
-            self.register_buffer("affine_rows", torch.cat(affine)[None].to(step.dtype))
+            self.register_buffer("affine_rows", self.predictor.rows_of(torch.cat(affine)[None]))
             self.maps["predictor_intro"] = _map(form, model.predictor.intro.weight, model.predictor.intro.bias, dtype)
         intro = model.denoiser.intro
         self.maps["intro"] = _map(form, intro.weight[:, 3:], intro.bias, dtype)
@@ -138,7 +147,7 @@ class Step(nn.Module):
         h = self.intro(row[C_IN] * x, conditions["intro"])
         rows = time_row if "code_rows" not in conditions else time_row + conditions["code_rows"]
         maps = {key[len("adapter.") :]: value for key, value in conditions.items() if key.startswith("adapter.")}
-        return self.unet(h, rows.to(self.dtype), maps, mean).to(x.dtype)
+        return self.unet(h, self.unet.rows_of(rows), maps, mean).to(x.dtype)
 
 
 class Plan:
@@ -226,7 +235,7 @@ def _unet(form: Form, unet: UNet, adapters: dict[str, MergedAdapter], dtype: tor
         if isa is None:
             raise ValueError(f"the compiled parts cannot run {unet.intro.out_channels} channels in {dtype} here")
         return CpuUNet(unet, adapters, isa)
-    return FoldedUNet(unet, adapters, dtype, KernelBlock if form == "kernels" else FoldedBlock)
+    return (KernelUNet if form == "kernels" else FoldedUNet)(unet, adapters, dtype)
 
 
 def _time_rows(model: DTPM, steps: Steps) -> Tensor:

@@ -131,14 +131,13 @@ class KernelBlock(nn.Module):
     def forward(
         self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], bias_map: Tensor | None, number: int, mean: Mean
     ) -> Tensor:
+        """rows: shift1, scale1, shift2, scale2, as `KernelUNet.rows_of` made them."""
         if mean is not own_mean:
             raise ValueError("the fused kernels take channel attention's mean over the map that they are given")
-        # 1 + scale comes: in 16 bits, scale would lose what a small one has.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        shift1, scale1, shift2, scale2 = (row.expand(x.shape[0], -1).to(wide).contiguous() for row in rows)
+        modulation = (row.expand(x.shape[0], -1) for row in rows)
         weights = self.weights(*(getattr(self, name) for name in self.weights._fields))
         adapter = None if bias_map is None or self.matrix is None else (self.matrix, bias_map.permute(0, 3, 1, 2))
-        h = self.call(x.permute(0, 3, 1, 2), shift1, scale1 - 1, shift2, scale2 - 1, weights, adapter)
+        h = self.call(x.permute(0, 3, 1, 2), *modulation, weights, adapter)
         return h.permute(0, 2, 3, 1).contiguous()
 
 
@@ -175,7 +174,7 @@ class FoldedUNet(nn.Module):
         make_block: Callable[[Block, MergedAdapter | None, torch.dtype], nn.Module] = FoldedBlock,
     ) -> None:
         super().__init__()
-        self.positions = unet.positions()
+        self.dtype, self.positions = dtype, unet.positions()
         self.encoder, self.decoder = (
             [len(list(level.children())) for level in part] for part in (unet.encoders, unet.decoders)
         )
@@ -195,9 +194,13 @@ class FoldedUNet(nn.Module):
         self.register_buffer("ending_weight", _channels_last(unet.ending.weight, dtype))
         self.register_buffer("ending_bias", _double(unet.ending.bias).to(dtype))
 
+    def rows_of(self, rows: Tensor) -> Tensor:
+        """(B or 1, sum of 4C), every block's shift1, 1 + scale1, shift2, 1 + scale2, as the blocks read them."""
+        return rows.to(self.dtype)
+
     def forward(self, h: Tensor, rows: Tensor, bias_maps: dict[str, Tensor], mean: Mean = own_mean) -> Tensor:
-        """h: (B, H, W, C), the intro's output; rows: (B or 1, sum of 4C), every block's shift1, 1 + scale1, shift2,
-        1 + scale2; bias_maps: (B, h, w, C) by position. Returns (B, 3, H, W)."""
+        """h: (B, H, W, C), the intro's output; rows: what `rows_of` made of all blocks' modulation; bias_maps:
+        (B, h, w, C) by position. Returns (B, 3, H, W)."""
         split = iter(rows.split([c for channels in self.positions.values() for c in 4 * [channels]], dim=1))
         numbered = enumerate(zip(self.positions, self.blocks, strict=True))
 
@@ -229,6 +232,24 @@ class FoldedUNet(nn.Module):
 
     def _ending(self, h: Tensor) -> Tensor:
         return F.conv2d(h.permute(0, 3, 1, 2), self.ending_weight, self.ending_bias, padding=1)
+
+
+class KernelUNet(FoldedUNet):
+    """`FoldedUNet` with the fused kernels for blocks. These add the 1 to scale themselves, and read float32: in 16 bits
+    a small scale would lose what it has."""
+
+    one: Tensor
+
+    def __init__(self, unet: UNet, adapters: dict[str, MergedAdapter], dtype: torch.dtype) -> None:
+        super().__init__(unet, adapters, dtype, KernelBlock)
+        like = self.ending_bias.new_zeros(1, dtype=torch.promote_types(dtype, torch.float32))
+        one = torch.cat([like.new_tensor([0, 1, 0, 1]).repeat_interleave(c) for c in self.positions.values()])
+        self.register_buffer("one", one[None], persistent=False)
+
+    def rows_of(self, rows: Tensor) -> Tensor:
+        """In two launches for all blocks of a step: four casts and two differences a block were half of a block's
+        launches."""
+        return rows.to(self.one.dtype) - self.one
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ def test_shapes_types_and_range(kind: str, photos: Path, tmp_path: Path, picture
             assert -1 <= tensor.min() <= tensor.max() <= 1
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # where there is one core
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(workers: int, photos: Path) -> None:
     dataset = SyntheticCrops(photos, "derain", CROP, seed=5)

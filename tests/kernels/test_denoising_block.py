@@ -48,8 +48,9 @@ def run(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, kin
 
 
 @pytest.fixture(params=["recorded", "fused", "parts"])
-def kernels(request: pytest.FixtureRequest, dtype: torch.dtype) -> Iterator[str]:
-    """The recorded dispatch table; one that fuses everything, in smaller tiles; and one that fuses what it must."""
+def kernels(request: pytest.FixtureRequest, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The recorded dispatch table; one that fuses everything, in smaller tiles; and one that fuses what it must. The
+    second has strips of several rows and sums of many programs, which only large maps have otherwise."""
     recorded = table()
     if request.param != "fused" and dtype == torch.float32:
         pytest.skip("in float32 the recorded table fuses what it must, whose algebra is checked in float64")
@@ -62,6 +63,9 @@ def kernels(request: pytest.FixtureRequest, dtype: torch.dtype) -> Iterator[str]
             entries[name] = entry
         elif request.param == "parts":
             entries[name] = []
+    if request.param == "fused":
+        monkeypatch.setattr("dtpm_fast.kernels.dwconv_triton.FEWEST_PROGRAMS", 1)
+        monkeypatch.setattr("dtpm_fast.kernels.channel_attention_triton.MOST_PROGRAMS", 1)
     with using_table(entries):
         yield request.param
 

@@ -60,6 +60,7 @@ def test_compiled_training_follows_the_plain_one(photos, tmp_path, tiny, plain):
     assert losses(photos, tmp_path / "run", *tiny, "batch_size=4", "compile=true") == pytest.approx(plain, rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch 2.11's
 def test_recomputed_blocks_need_less_memory_and_keep_their_names(random_model):
     model, _ = random_model(0)
     model.requires_grad_(True)

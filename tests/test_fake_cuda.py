@@ -1,0 +1,211 @@
+"""What a GPU would be given, seen without one: PyTorch's fake tensors say that they lie on CUDA, and have shapes only.
+
+Operators run on them as on a GPU as far as devices and shapes go. So a tensor that was left on the CPU, a copy between
+the two, and a wait for a value show here; a captured graph would allow none of the three. The launches are counted,
+because a small picture takes as long as they are many.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import JITFunction
+
+from dtpm_fast.kernels.block_compute import BlockWeights, Modulation, block_backward, block_forward
+from dtpm_fast.kernels.device import INTERPRETED
+from dtpm_fast.model.block import use_kernels
+from dtpm_fast.runtime.plan import Plan
+from dtpm_fast.runtime.sampler import Steps, make_steps
+from dtpm_fast.training.objective import Objective
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter runs no kernel on CUDA")
+
+
+class Launches(TorchDispatchMode):
+    """The operators that start work on the device: those with an output that is no view of an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given, made = (
+            [t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs or {}), result)
+        )
+        name = str(function).removesuffix(".default")
+        assert {t.device.type for t in (*given, *made)} <= {"cuda"}, f"{name} is not on the GPU alone"
+        memory = {t.untyped_storage()._cdata for t in given}
+        fresh = any(t.untyped_storage()._cdata not in memory for t in made)
+        if (fresh or name.split(".")[1].endswith("_")) and not name.startswith(("aten.empty", "aten.new_empty")):
+            self.names.append(name)
+        return result
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    return FakeTensorMode()
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The Triton kernels that are launched, by name, none of which runs."""
+    launched: list[str] = []
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *_, **__: launched.append(kernel.fn.__name__))
+    return launched
+
+
+def on_cuda(like: Tensor) -> Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cuda")
+
+
+def move(module: nn.Module) -> None:
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    moved = on_cuda(tensor)
+                    tensors[name] = moved if tensors is part._buffers else nn.Parameter(moved, tensor.requires_grad)
+
+
+@contextmanager
+def plan_on_cuda(
+    fake: FakeTensorMode, random_model: Callable[..., tuple], form: Any, **settings: Any
+) -> Iterator[tuple[Plan, Tensor, Tensor]]:
+    """A plan, a picture and noise, inside of the fake mode."""
+    model, config = random_model(**settings)
+    steps: Steps = make_steps(config, 4)
+    with fake, torch.inference_mode():
+        move(model)
+        steps = replace(steps, gammas=fake.from_tensor(steps.gammas), table=fake.from_tensor(steps.table))
+        y_d = torch.empty(2, 3, 48, 64, device="cuda").contiguous(memory_format=torch.channels_last)
+        yield Plan(model, steps, torch.bfloat16, form), y_d, torch.empty(1, 3, 48, 64, device="cuda")
+
+
+@pytest.mark.parametrize("form", ["kernels", "folded"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"semantic_code": "compact"}, {"predictor": "none", "condition": "predicted"}, {"preset": "light", "eta": 0.5}],
+    ids=str,
+)
+def test_a_restoration_stays_on_the_device(
+    fake: FakeTensorMode, random_model: Callable[..., tuple], form: str, settings: dict
+) -> None:
+    with plan_on_cuda(fake, random_model, form, **settings) as (plan, y_d, noise):
+        fields = noise.expand(plan.steps.noise_fields, -1, -1, -1)
+        with Launches() as launches:
+            restored = plan.restore(y_d, fields)
+        assert restored.shape == y_d.shape
+        assert restored.device.type == "cuda"
+    assert launches.names
+
+
+def test_what_is_launched_around_the_blocks_of_a_step(fake: FakeTensorMode, random_model: Callable[..., tuple]) -> None:
+    with plan_on_cuda(fake, random_model, "kernels", preset="light") as (plan, y_d, noise):
+        conditions = plan.prepare(y_d)
+        x = noise.expand_as(y_d)
+        with Launches() as launches:
+            plan.step(x, x, 0, conditions)
+        blocks = [name for name in launches.names if name == "dtpm_fast.denoising_block"]
+        assert len(blocks) == len(plan.step_module.unet.positions)
+        resolutions = len(plan.step_module.unet.encoder)
+        # The intro 4, the modulation of all blocks 2 (3 with a semantic code), a change of resolution 4 (there and
+        # back), the ending 2, the sampler's update 14.
+        assert len(launches.names) - len(blocks) <= 22 + 4 * resolutions
+
+
+def inputs(channels: int) -> tuple[Tensor, Modulation, BlockWeights, tuple[Tensor, Tensor]]:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+
+    c = channels
+    x, bias_map = (empty(2, c, 24, 40).to(memory_format=torch.channels_last) for _ in range(2))
+    modulation = Modulation(*torch.empty(2, 4 * c, device="cuda").chunk(4, dim=1))
+    shapes = [(2 * c, c, 1, 1), (2 * c, 1, 3, 3), (c, c, 1, 1), (c, c, 1, 1), (2 * c, c, 1, 1), (c, c, 1, 1)]
+    weights = [empty(*size) for shape in shapes for size in (shape, shape[:1])] + [empty(1, c, 1, 1)] * 2
+    return x, modulation, BlockWeights(*weights), (empty(c, c), bias_map)
+
+
+@torch.no_grad()
+def test_a_fused_block_is_four_launches(fake: FakeTensorMode, kernels: list[str]) -> None:
+    with fake:
+        x, modulation, weights, adapter = inputs(64)
+        with Launches() as others:
+            block_forward(x, modulation, weights, adapter, 1e-6, save=False)
+    assert kernels == [
+        "adaln_conv1x1_forward_kernel",
+        "dwconv_gate_pool_forward_kernel",
+        "attention_kernel",
+        "attention_ffn_forward_kernel",
+    ]
+    assert others.names == []
+
+
+@torch.no_grad()
+def test_a_block_whose_products_are_cublas_launches_nothing_for_numbers_of_a_channel(
+    fake: FakeTensorMode, kernels: list[str]
+) -> None:
+    with fake:
+        x, modulation, weights, adapter = inputs(512)
+        with Launches() as others:
+            block_forward(x, modulation, weights, adapter, 1e-6, save=False)
+    assert sorted(kernels) == [
+        "adaln_forward_kernel",
+        "adaln_forward_kernel",
+        "attention_kernel",
+        "dwconv_gate_pool_forward_kernel",
+        "scale_channels_kernel",
+        "simple_gate_forward_kernel",
+    ]
+    products = [name for name in others.names if name in ("aten.linear", "aten.addmm", "aten.mm")]
+    assert len(products) == 5, others.names
+    assert sorted(set(others.names) - set(products)) == ["aten.add.Tensor", "aten.addcmul"]
+    assert len(others.names) == 5 + 3
+
+
+@pytest.mark.parametrize("channels", [64, 512])
+@torch.no_grad()
+def test_a_backward_stays_on_the_device(fake: FakeTensorMode, kernels: list[str], channels: int) -> None:
+    with fake:
+        x, modulation, weights, _ = inputs(channels)
+        with Launches():
+            z, y, g, mean = block_forward(x, modulation, weights, None, 1e-6, save=True)
+            assert y is not None
+            for frozen in (False, True):
+                grad_x, _, grads = block_backward(z, x, y, g, mean, modulation, weights, 1e-6, frozen)
+    assert grad_x.shape == x.shape
+    assert grads is None
+    assert "dwconv_backward_kernel" in kernels
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [{"stage": 1}, {}, {"tune": "predictor", "predictor_norm": "psnr"}, {"semantic_code": "compact", "loss": "l2"}],
+    ids=str,
+)
+def test_the_loss_of_a_batch_stays_on_the_device(
+    fake: FakeTensorMode, random_model: Callable[..., tuple], fused: bool, settings: dict
+) -> None:
+    """The forward half: autograd's own threads ask for a real device."""
+    model, config = random_model(**settings)
+    model.requires_grad_(True)
+    use_kernels(model, fused)
+    with fake:
+        move(model)
+        pictures = [torch.empty(2, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last) for _ in range(3)]
+        with Launches(), torch.autocast("cuda", torch.bfloat16):
+            loss = Objective(model, config)(*pictures, torch.empty(2, device="cuda"))
+    assert loss.shape == ()
+    assert loss.requires_grad
+    assert loss.device.type == "cuda"
