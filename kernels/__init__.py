@@ -4,6 +4,7 @@ from dtpm_fast.kernels.adaln import adaln
 from dtpm_fast.kernels.block import BlockWeights, block_weights, denoising_block
 from dtpm_fast.kernels.channel_attention import channel_attention
 from dtpm_fast.kernels.nafnet import accelerate_nafnet
+from dtpm_fast.kernels.sampler_update import sampler_update
 from dtpm_fast.kernels.simple_gate import simple_gate
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "block_weights",
     "channel_attention",
     "denoising_block",
+    "sampler_update",
     "simple_gate",
 ]

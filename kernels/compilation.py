@@ -29,6 +29,7 @@ from dtpm_fast.kernels import (
     attention_ffn_triton,
     channel_attention_triton,
     dwconv_triton,
+    sampler_update_triton,
     simple_gate_triton,
 )
 from dtpm_fast.kernels.adaln_conv1x1_triton import block_of
@@ -46,6 +47,7 @@ FLOAT32 = {
     "attention_kernel": {"sums_ptr", "attention_ptr"},
     "adaln_backward_kernel": {"grad_shift_ptr", "grad_scale_ptr"},
     "channel_sums_kernel": {"sums_ptr"},
+    "sampler_update_kernel": {"row_ptr", "x_ptr", "previous_ptr", "y_eps_ptr", "following_ptr", "x0_ptr"},
     "scale_channels_kernel": {"scale_ptr", "offset_ptr"},
     "adaln_conv1x1_backward_kernel": {"grad_shift_ptr", "grad_scale_ptr", "grad_weight_ptr", "grad_bias_ptr"},
     "dwconv_gate_pool_forward_kernel": {"sums_ptr"},
@@ -131,6 +133,10 @@ def _stand_alone(channels: int, dtype: torch.dtype) -> Iterator[Case]:
         yield Case(channel_attention_triton.scale_channels_kernel, channels, dtype, offset, options)
     options = channel_attention_triton.attention_options(channels)
     yield Case(channel_attention_triton.attention_kernel, channels, dtype, {"CHANNELS": channels}, options)
+    if channels == 64:  # the same for any number
+        yield Case(
+            sampler_update_triton.sampler_update_kernel, channels, dtype, {}, sampler_update_triton.LAUNCH_OPTIONS
+        )
     options = simple_gate_triton.launch_options(channels)
     for kernel in (simple_gate_triton.simple_gate_forward_kernel, simple_gate_triton.simple_gate_backward_kernel):
         yield Case(kernel, channels, dtype, {}, options)

@@ -119,9 +119,22 @@ def test_what_is_launched_around_the_blocks_of_a_step(fake: FakeTensorMode, rand
         blocks = [name for name in launches.names if name == "dtpm_fast.denoising_block"]
         assert len(blocks) == len(plan.step_module.unet.positions)
         resolutions = len(plan.step_module.unet.encoder)
-        # The intro 4, the modulation of all blocks 2 (3 with a semantic code), a change of resolution 4 (there and
-        # back), the ending 2, the sampler's update 14.
-        assert len(launches.names) - len(blocks) <= 22 + 4 * resolutions
+        # The intro's 4, one for the modulation of all blocks, 4 for a change of resolution and back, the ending's 2,
+        # the sampler's 3 with the first noise in its layout; and 2 copies to channels_last, which cuDNN's maps are in.
+        assert len(launches.names) - len(blocks) <= 12 + 4 * resolutions, launches.names
+        assert "dtpm_fast.sampler_update" in launches.names
+
+
+def test_what_is_launched_before_the_steps_depends_on_the_levels_alone(
+    fake: FakeTensorMode, random_model: Callable[..., tuple]
+) -> None:
+    counts = []
+    for blocks in (1, 7):
+        settings = {"predictor": "none", "encoder_blocks": (1, blocks), "decoder_blocks": (1, 1)}
+        with plan_on_cuda(fake, random_model, "kernels", **settings) as (plan, y_d, _), Launches() as launches:
+            plan.prepare(y_d)
+            counts.append(len(launches.names))
+    assert counts[0] == counts[1]
 
 
 def inputs(channels: int) -> tuple[Tensor, Modulation, BlockWeights, tuple[Tensor, Tensor]]:

@@ -30,6 +30,7 @@ from dtpm_fast.runtime.unet import (
     Mean,
     MergedAdapter,
     PictureMap,
+    StackedPictureMaps,
     own_mean,
 )
 
@@ -71,13 +72,20 @@ class Prepare(nn.Module):
         projections = [_modulation(model, position).weight.detach() for position in step.unet.positions]
         self.register_buffer("projection", torch.cat(projections))
         self.levels: dict[str, int] = {}
+        at_level: dict[int, list[tuple[Tensor, Tensor]]] = {}
         width = model.denoiser.intro.out_channels
         for (position, channels), block in zip(step.unet.positions.items(), step.unet.blocks, strict=True):
             if position in adapters:
-                self.levels[position] = (channels // width).bit_length() - 1
+                level = self.levels[position] = (channels // width).bit_length() - 1
                 residual_bias = cast(FoldedBlock | KernelBlock | CpuBlock, block).residual_bias
                 bias = adapters[position].bias + adapters[position].matrix @ residual_bias
-                self.maps[_key(position)] = _map(form, adapters[position].kernel, bias, dtype)
+                at_level.setdefault(level, []).append((adapters[position].kernel, bias))
+                if form != "kernels":
+                    self.maps[_key(position)] = _map(form, adapters[position].kernel, bias, dtype)
+        # On a GPU all maps of a level are one product.
+        self.stacks = nn.ModuleDict()
+        if form == "kernels":
+            self.stacks.update({str(level): StackedPictureMaps(maps, dtype) for level, maps in at_level.items()})
 
     def forward(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
         """y_d: (B, 3, H, W) in [-1, 1]. `code` (B, C) stands in for the picture's own semantic code."""
@@ -108,11 +116,11 @@ class Prepare(nn.Module):
         found = {"y_eps": y_eps, "intro": self.maps["intro"](y_d if self.config.condition == "degraded" else y_eps)}
         if code is not None and self.code_mlp is not None:
             found["code_rows"] = F.linear(self.code_mlp(code), self.projection)
-        resized: dict[int, Tensor] = {}
+        resized = {level: resize_to_level(y_eps, level) for level in dict.fromkeys(self.levels.values())}
+        stacked = {level: iter(stack(resized[int(level)])) for level, stack in self.stacks.items()}
         for position, level in self.levels.items():
-            if level not in resized:
-                resized[level] = resize_to_level(y_eps, level)
-            found[f"adapter.{position}"] = self.maps[_key(position)](resized[level])
+            own = next(stacked[str(level)]) if stacked else self.maps[_key(position)](resized[level])
+            found[f"adapter.{position}"] = own
         return found
 
 
@@ -130,7 +138,13 @@ class Step(nn.Module):
         assert intro.bias is not None
         no_bias = torch.zeros_like(intro.bias)  # it is in the condition's half
         self.intro = _map(form, intro.weight[:, :3], no_bias, dtype)
-        self.update = native_update if form == "native" and intro.weight.dtype == torch.float32 else update
+        self.update = update
+        if form == "native" and intro.weight.dtype == torch.float32:
+            self.update = native_update
+        elif form == "kernels":  # imported here, as in KernelBlock
+            from dtpm_fast.kernels import sampler_update
+
+            self.update = sampler_update
 
     def forward(
         self, x: Tensor, previous: Tensor, row: Tensor, time_row: Tensor, conditions: Conditions

@@ -134,10 +134,10 @@ class KernelBlock(nn.Module):
         """rows: shift1, scale1, shift2, scale2, as `KernelUNet.rows_of` made them."""
         if mean is not own_mean:
             raise ValueError("the fused kernels take channel attention's mean over the map that they are given")
-        modulation = (row.expand(x.shape[0], -1) for row in rows)
+        shift1, scale1, shift2, scale2 = (row.expand(x.shape[0], -1) for row in rows)
         weights = self.weights(*(getattr(self, name) for name in self.weights._fields))
         adapter = None if bias_map is None or self.matrix is None else (self.matrix, bias_map.permute(0, 3, 1, 2))
-        h = self.call(x.permute(0, 3, 1, 2), *modulation, weights, adapter)
+        h = self.call(x.permute(0, 3, 1, 2), shift1, scale1, shift2, scale2, weights, adapter)
         return h.permute(0, 2, 3, 1).contiguous()
 
 
@@ -158,6 +158,33 @@ class PictureMap(nn.Module):
         bias = self.bias if instead is None else None
         h = F.conv2d(picture.to(self.dtype), self.weight, bias, padding=1).permute(0, 2, 3, 1)
         return h.contiguous() if instead is None else h + instead
+
+
+class StackedPictureMaps(nn.Module):
+    """Several 3x3 convolutions of one picture to C channels each, as one product of its neighbourhoods: each would be a
+    launch or more, too small to fill a GPU."""
+
+    INPUTS = 32  # of the product: 27 values and a one for the bias, filled up to what a GPU multiplies at a time
+
+    weight: Tensor
+
+    def __init__(self, convolutions: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+        """(weight (C, 3, 3, 3), bias (C,)) of each."""
+        super().__init__()
+        rows = [
+            torch.cat([_double(weight).flatten(1), _double(bias)[:, None]], dim=1).T for weight, bias in convolutions
+        ]
+        weight = F.pad(torch.stack(rows), (0, 0, 0, self.INPUTS - rows[0].shape[0]))
+        self.register_buffer("weight", weight.to(dtype).contiguous())  # (N, 32, C)
+
+    def forward(self, picture: Tensor) -> Tensor:
+        """(B, 3, H, W) to the maps (N, B, H, W, C), each contiguous."""
+        b, _, height, width = picture.shape
+        values = F.unfold(picture.to(self.weight.dtype), 3, padding=1)  # (B, 27, H W), by (channel, row, column)
+        ones = values.new_ones(()).expand(b, self.INPUTS - values.shape[1], values.shape[2])
+        rows = torch.cat([values, ones], dim=1).transpose(1, 2).reshape(1, -1, self.INPUTS)
+        maps = rows.expand(len(self.weight), -1, -1) @ self.weight
+        return maps.view(len(self.weight), b, height, width, -1)
 
 
 class FoldedUNet(nn.Module):
