@@ -20,9 +20,7 @@ public:
         const long pixel = 2 * C + PAD, slots = group + 2, row_size = (std::min(strip, s.width) + 2) * pixel;
         const long tasks = s.samples * bands * strips;
         float* sums = shared(s.samples * s.height * strips * C);  // of each row and strip
-        const auto work = [&] {  // of one thread
-            [[maybe_unused]] const typename Products::Ready ready;
-            float* ring = scratch((slots + 1) * row_size + PANEL * (C + PAD));
+        const auto work = [&](float* ring) {
             float* zeros = ring + slots * row_size;
             float* normal = zeros + row_size;
             std::fill(zeros, zeros + row_size, 0.0f);
@@ -74,8 +72,7 @@ public:
                 }
             }
         };
-#pragma omp parallel num_threads(threads)
-        work();
+        in_threads(threads, (slots + 1) * row_size + PANEL * (C + PAD), C, work);
         for (long sample = 0; sample < s.samples; ++sample)
             for (long c = 0; c < C; ++c) {
                 double total = 0;
@@ -97,9 +94,7 @@ public:
         const long inputs = adapter ? rank + C : bias_map ? 2 * C : C;
         float* attended = shared(s.samples * (size + C));  // conv3 with the sample's channel attention in its columns
         float* by = attended + s.samples * size;
-        const auto work = [&] {  // of one thread
-            [[maybe_unused]] const typename Products::Ready ready;
-            float* input_row = scratch(PANEL * (wide + 2 * (C + PAD)));
+        const auto work = [&](float* input_row) {
             float* normal = input_row + PANEL * wide;
             float* padded = normal + PANEL * (C + PAD);
 #pragma omp for schedule(static)
@@ -162,8 +157,7 @@ public:
                 }
             }
         };
-#pragma omp parallel num_threads(threads)
-        work();
+        in_threads(threads, PANEL * (wide + 2 * (C + PAD)), std::max(C, inputs), work);
     }
 
     static void down(const Shape& s, const float* x, const float* weight, const float* bias, float* out, int threads) {
@@ -171,9 +165,7 @@ public:
         const long chunk = chunk_for(pixels, s.samples, threads), chunks = (pixels + chunk - 1) / chunk;
         // A panel of 4C inputs has to fit into the cache of a core beside the weights.
         const long panel_pixels = C > 128 ? PANEL / 2 : PANEL;
-        const auto work = [&] {  // of one thread
-            [[maybe_unused]] const typename Products::Ready ready;
-            float* input = scratch(PANEL * stride);
+        const auto work = [&](float* input) {
 #pragma omp for schedule(dynamic, 1)
             for (long task = 0; task < s.samples * chunks; ++task) {
                 const long sample = task / chunks, start = task % chunks * chunk;
@@ -195,16 +187,13 @@ public:
                 }
             }
         };
-#pragma omp parallel num_threads(threads)
-        work();
+        in_threads(threads, PANEL * stride, 4 * C, work);
     }
 
     static void up(const Shape& s, const float* x, const float* weight, float* skip, int threads) {
         const long C = s.channels, half = C / 2, pixels = s.height * s.width;
         const long chunk = chunk_for(pixels, s.samples, threads), chunks = (pixels + chunk - 1) / chunk;
-        const auto work = [&] {  // of one thread
-            [[maybe_unused]] const typename Products::Ready ready;
-            float* input = scratch(PANEL * (C + PAD));
+        const auto work = [&](float* input) {
 #pragma omp for schedule(dynamic, 1)
             for (long task = 0; task < s.samples * chunks; ++task) {
                 const long sample = task / chunks, start = task % chunks * chunk;
@@ -228,16 +217,14 @@ public:
                 }
             }
         };
-#pragma omp parallel num_threads(threads)
-        work();
+        in_threads(threads, PANEL * (C + PAD), C, work);
     }
 
     static void intro(const Shape& s, const float* picture, const float* weight, const float* addend,
                       long addend_pixel, float* out, int threads) {
         const long C = s.channels, pixels = s.height * s.width, panels = (C + 2 * V - 1) / (2 * V);
         const long length = s.width + 2 + MR;  // zeros at both ends, because a tile reads MR pixels
-        const auto work = [&] {  // of one thread
-            float* lines = scratch(9 * length);  // the rows above, here and below, of each colour
+        const auto work = [&](float* lines) {  // the rows above, here and below, of each colour
 #pragma omp for schedule(static)
             for (long row = 0; row < s.samples * s.height; ++row) {
                 const long sample = row / s.height, y = row % s.height;
@@ -279,8 +266,7 @@ public:
                 }
             }
         };
-#pragma omp parallel num_threads(threads)
-        work();
+        in_threads(threads, 9 * length, 0, work);
     }
 
     static void ending(const Shape& s, const float* x, const float* weight, const float* bias, float* picture,
@@ -309,6 +295,24 @@ public:
     }
 
 private:
+    // work(memory) in every thread, with so many floats of its own and products of at most so many inputs. Nothing may be
+    // thrown among threads: where the system has no memory for one of them, none begins and the caller gets the error.
+    template <class Work>
+    static void in_threads(int threads, long floats, long inputs, const Work& work) {
+        std::atomic<bool> enough{true};
+#pragma omp parallel num_threads(threads)
+        {
+            float* memory = scratch(floats);
+            if (!memory || !Products::reserve(PANEL, inputs)) enough = false;
+#pragma omp barrier
+            if (enough) {
+                [[maybe_unused]] const typename Products::Ready ready;
+                work(memory);
+            }
+        }
+        if (!enough) throw std::bad_alloc();
+    }
+
     // Lane p becomes the sum over the lanes of part[p]: V vectors are added up by halves, in the same order each.
     template <int WIDTH = V / 2>
     static vec sums_of(vec (&part)[V]) {

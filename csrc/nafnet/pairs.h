@@ -6,6 +6,10 @@ struct PairProducts : FloatProducts<16, 8> {
 
     static long packed(long inputs) { return (inputs + 31) / 32 * 16; }  // a tile takes 16 pairs of inputs
 
+    static bool reserve(long pixels, long inputs) {  // rows of at most V floats more than they hold, tiles.h
+        return rounded((pixels + 15) / 16 * 16 * (packed(inputs) + V));
+    }
+
     static void scale(const float* weight, const float* by, long row, long inputs, float* to) {
         const float even = 2 * row < inputs ? by[2 * row] : 0, odd = 2 * row < inputs ? by[2 * row + 1] : 0;
         for (int i = 0; i < 2 * V; i += V) {

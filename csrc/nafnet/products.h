@@ -16,6 +16,9 @@ struct FloatProducts {
     static void fetch(const float* from) { __builtin_prefetch(from, 0, 2); }
     static void fetch(float* to) { __builtin_prefetch(to, 1, 2); }
 
+    // Takes the calling thread's memory for products of so many pixels; false where there is none.
+    static bool reserve(long /* pixels */, long /* inputs */) { return true; }
+
     // Rows of 2V floats in a panel of packed weights.
     static long packed(long inputs) { return inputs; }
 

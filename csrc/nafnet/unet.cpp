@@ -1,6 +1,7 @@
 #include "unet.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -18,7 +19,7 @@ struct Free {
     void operator()(float* pointer) const { std::free(pointer); }
 };
 
-// Memory that stays from call to call, on a cache line.
+// Memory that stays from call to call, on a cache line. Null where the system has none.
 class Workspace {
 public:
     float* take(long floats) {
@@ -26,8 +27,7 @@ public:
             memory_.reset();
             size_ = 0;
             memory_.reset(static_cast<float*>(std::aligned_alloc(64, size_t(floats + 15) / 16 * 64)));
-            if (!memory_) throw std::bad_alloc();
-            size_ = floats;
+            size_ = memory_ ? floats : 0;
         }
         return memory_.get();
     }
@@ -42,9 +42,10 @@ float* scratch(long floats) {  // of this thread
     return workspace.take(floats);
 }
 
-float* shared(long floats) {  // of all threads of a call
+float* shared(long floats) {  // of all threads of a call; taken before they begin
     static thread_local Workspace workspace;
-    return workspace.take(floats);
+    float* memory = workspace.take(floats);
+    return memory ? memory : throw std::bad_alloc();
 }
 
 #if defined(__x86_64__)

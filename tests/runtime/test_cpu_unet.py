@@ -1,8 +1,11 @@
 """The compiled blocks for CPUs: the float64 oracle by the kernels' rule, every instruction set, threads, refusals."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,6 +225,36 @@ def test_a_mean_from_outside_is_taken() -> None:
     assert seen[0].shape == x.shape
     other = ours(x.clone(), four, None, 3, lambda number, gated: own_mean(number, gated) + 1)
     assert (other - ours(x.clone(), four, None, 3, own_mean)).abs().max() > 1e-3
+
+
+NO_MEMORY = """
+import resource
+import numpy as np
+from dtpm_fast import _nafnet
+
+def down(channels):
+    maps = np.ones((1, 8, 8, channels), np.float32), np.ones(8 * channels * channels, np.float32)
+    given = *maps, np.zeros(2 * channels, np.float32), np.empty((1, 4, 4, 2 * channels), np.float32)
+    return lambda: _nafnet.down(*given, threads=2, isa="portable") or given[-1].copy()
+
+down(16)()  # the threads are there now
+call = down(1024)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+kept = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 10), kept[1]))
+try:
+    call()
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, kept)
+    assert (call() == 4 * 1024).all()
+    print("an error, and then a result")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits a process's memory as Linux does")
+def test_too_little_memory_in_a_thread_is_an_error_of_the_call() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_MEMORY], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "an error, and then a result\n"), done.stderr
 
 
 def test_wrong_arrays_are_refused_and_not_read() -> None:
