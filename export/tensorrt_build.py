@@ -49,6 +49,12 @@ def build_engine(onnx: bytes, name: str, graph: GraphSpec, multiple: int, settin
     config.clear_flag(trt.BuilderFlag.TF32)
     if settings.refit:
         config.set_flag(trt.BuilderFlag.REFIT)
+        if trt.__version__.startswith("11.3."):
+            logger.warning(
+                "%s: TensorRT 11.3 is known to drop biases in engines whose weights can be exchanged; look at what "
+                "--verify says, or use --fixed-weights",
+                name,
+            )
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # a profile of the engine names the graph's nodes
     for bucket in settings.buckets:
         profile = builder.create_optimization_profile()

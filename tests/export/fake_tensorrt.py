@@ -60,15 +60,18 @@ class Fake:
         for kind in _classes(self):
             setattr(self.module, kind.__name__, kind)
         for name in ("BuilderFlag", "DataType", "ExecutionContextAllocationStrategy", "NetworkDefinitionCreationFlag",
-                     "ProfilingVerbosity", "TensorIOMode", "TensorLocation"):  # fmt: skip
+                     "ProfilingVerbosity", "SerializationFlag", "TensorIOMode", "TensorLocation"):  # fmt: skip
             setattr(self.module, name, _enum(name, version))
         for name in vars(self.module):
             assert name.startswith("_") or all(name in s["module"] for s in SURFACE.values()), name
 
 
 def _enum(name: str, version: str) -> Any:
-    """The recorded values of this version; a value that some version lacks is not there."""
+    """The recorded values of this version; a value that some version lacks is not there, but for what the code asks for
+    by name."""
     values = SURFACE[version]["classes"][name]["values"]
+    if name == "SerializationFlag":
+        return types.SimpleNamespace(**{key: Value(name, key, values[key]) for key in values})
     common = [key for key in values if all(key in s["classes"][name]["values"] for s in SURFACE.values())]
     return types.SimpleNamespace(**{key: Value(name, key, values[key]) for key in common})
 
@@ -281,6 +284,21 @@ def _classes(fake: Fake) -> list[type]:
         def get_error(self, index: int) -> ParserError:
             return self._errors[index]
 
+    class ISerializationConfig:
+        def __init__(self) -> None:
+            self._flags: set[str] = set()
+
+        def set_flag(self, flag: Any) -> bool:
+            self._flags.add(repr(flag))
+            return True
+
+        def clear_flag(self, flag: Any) -> bool:
+            self._flags.discard(repr(flag))
+            return True
+
+        def get_flag(self, flag: Any) -> bool:
+            return repr(flag) in self._flags
+
     class ICudaEngine:
         def __init__(self, plan: bytes) -> None:
             header, _, self._onnx = plan.partition(b"\n")
@@ -316,8 +334,13 @@ def _classes(fake: Fake) -> list[type]:
         def create_execution_context(self, strategy: Any = None) -> "IExecutionContext":
             return IExecutionContext(self)
 
-        def serialize(self) -> IHostMemory:
-            return IHostMemory(json.dumps(self._header).encode() + b"\n" + self._onnx)
+        def create_serialization_config(self) -> ISerializationConfig:
+            return ISerializationConfig()
+
+        def serialize_with_config(self, config: ISerializationConfig) -> IHostMemory:
+            keep = getattr(fake.module.SerializationFlag, "INCLUDE_REFIT", None)
+            header = {**self._header, "refit": self._header["refit"] and (keep is None or config.get_flag(keep))}
+            return IHostMemory(json.dumps(header).encode() + b"\n" + self._onnx)
 
     class IExecutionContext:
         def __init__(self, engine: ICudaEngine) -> None:
@@ -436,10 +459,11 @@ def _classes(fake: Fake) -> list[type]:
 
     kinds = [
         ILogger, IHostMemory, ParserError, IOptimizationProfile, ITimingCache, IBuilderConfig,
-        Builder, OnnxParser, ICudaEngine, IExecutionContext, Runtime, Refitter, OnnxParserRefitter,
+        Builder, OnnxParser, ISerializationConfig, ICudaEngine, IExecutionContext, Runtime, Refitter,
+        OnnxParserRefitter,
     ]  # fmt: skip
     made_by_others = (IHostMemory, ParserError, IOptimizationProfile, ITimingCache, IBuilderConfig,
-                      ICudaEngine, IExecutionContext)  # fmt: skip
+                      ISerializationConfig, ICudaEngine, IExecutionContext)  # fmt: skip
     for kind in kinds:
         init = vars(kind)["__init__"]
         if kind in made_by_others:  # the bindings have no constructor

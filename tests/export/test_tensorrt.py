@@ -236,6 +236,13 @@ def test_a_folder_from_another_ones_engines(
     assert manifest.files["step.plan"] != before.files["step.plan"]
     other = OrtStepper(other_graphs, read_manifest(other_graphs), CPU)
     assert difference(TensorRTStepper(folder, manifest, CPU).restore, other, 2, 16, 8).max_abs <= 1e-4
+    # And from that one's, which can be exchanged as often as one likes.
+    again = tmp_path / "again"
+    shutil.copytree(full_export, again)
+    once_more = built(again, tmp_path / "z", EngineOptions(refit_from=folder))
+    reference = OrtStepper(full_export, read_manifest(full_export), CPU)
+    stepper = TensorRTStepper(once_more, read_manifest(once_more), CPU)
+    assert difference(stepper.restore, reference, 2, 16, 8).max_abs <= 1e-4
     model = onnx.load(full_export / "step.onnx")
     next(node for node in model.graph.node if node.op_type == "LayerNormalization").attribute[0].f = 0.5
     onnx.save(model, other_graphs / "step.onnx")
