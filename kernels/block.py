@@ -54,8 +54,8 @@ def denoising_block(
         bias_map = bias_map.contiguous(memory_format=torch.channels_last)
     differentiable = [x, *modulation, *weights, *(adapter or ())]
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)):
-        return _block(x, modulation, weights, matrix, bias_map, eps)
-    z = _block_train(x, modulation, weights, eps)[0]
+        return _block(x, list(modulation), list(weights), matrix, bias_map, eps)  # torch 2.11 compiles no other tuples
+    z = _block_train(x, list(modulation), list(weights), eps)[0]
     if matrix is None or bias_map is None:
         return z
     return F.conv2d(z, matrix[:, :, None, None]) + bias_map
