@@ -40,7 +40,8 @@ def sampler_update_kernel(
     previous = tl.load(previous_ptr + at, mask=mask, other=0.0).to(tl.float32)
     y_eps = tl.load(y_eps_ptr + at, mask=mask, other=0.0).to(tl.float32)
     x0 = x0_x * x + x0_f * output
-    x0 = tl.minimum(tl.maximum(x0, -limit - y_eps), limit - y_eps)
+    x0 = tl.maximum(x0, -limit - y_eps, propagate_nan=tl.PropagateNan.ALL)  # as torch.maximum: NaN stays visible
+    x0 = tl.minimum(x0, limit - y_eps, propagate_nan=tl.PropagateNan.ALL)
     tl.store(x0_ptr + at, x0.to(x0_ptr.dtype.element_ty), mask=mask)
     following = a * x + b * x0 + c * previous
     tl.store(following_ptr + at, following.to(following_ptr.dtype.element_ty), mask=mask)

@@ -40,6 +40,13 @@ def test_triton_by_the_rule(
     assert_as_exact_as_eager(draw, ["next", "x0"])
 
 
+def test_triton_keeps_nan(device: str) -> None:
+    row, x, output, previous, y_eps = (tensor.to(device) for tensor in inputs((2, 3, 5, 7), 1.0))
+    output[1, 2, 3, 4] = float("nan")
+    for values in sampler_update(row, x, output, previous, y_eps):
+        assert torch.equal(values.isnan(), output.isnan())
+
+
 def test_it_is_the_samplers_own_and_registered() -> None:
     row, x, output, previous, y_eps = inputs((2, 3, 4, 6), 1.0)
     for ours, theirs in zip(
