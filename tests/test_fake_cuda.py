@@ -23,7 +23,9 @@ from dtpm_fast.kernels.device import INTERPRETED
 from dtpm_fast.model.block import use_kernels
 from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.sampler import Steps, make_steps
+from dtpm_fast.training.ema import EMA
 from dtpm_fast.training.objective import Objective
+from dtpm_fast.training.optimizers import make_optimizers
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter runs no kernel on CUDA")
 
@@ -222,3 +224,20 @@ def test_the_loss_of_a_batch_stays_on_the_device(
     assert loss.shape == ()
     assert loss.requires_grad
     assert loss.device.type == "cuda"
+
+
+def test_an_update_of_the_weights_stays_on_the_device(fake: FakeTensorMode, random_model: Callable[..., tuple]) -> None:
+    """Clipping, Muon and the average of the weights; PyTorch's own Adam counts its steps on the CPU."""
+    model, config = random_model()
+    model.requires_grad_(True)
+    with fake:
+        move(model)
+        trained = dict(model.named_parameters())
+        muon, ema = make_optimizers("muon", trained.values(), 1e-3)[0], EMA(trained, 0.99)
+        for parameter in trained.values():
+            parameter.grad = torch.empty_like(parameter)
+        with Launches() as launches:
+            nn.utils.clip_grad_norm_(trained.values(), config.train.clip_grad)
+            muon.step()
+            ema.update(1)
+    assert launches.names
