@@ -194,14 +194,25 @@ def _attention_ffn(
             options,
         )
     h = _conv1x1(compute_scaling(g, attention), weights.conv3_weight, weights.conv3_bias)
-    y = torch.addcmul(x, h, weights.beta.to(x.dtype))
-    h = compute_adaln(y, modulation.shift2, modulation.scale2, eps)
+    y, h = _residual_adaln(x, h, weights.beta, modulation.shift2, modulation.scale2, eps)
     h = compute_simple_gate(_conv1x1(h, weights.conv4_weight, weights.conv4_bias))
     h = _conv1x1(h, weights.conv5_weight, weights.conv5_bias)
     z = torch.addcmul(y, h, weights.gamma.to(x.dtype))
     if adapter is not None:
         z = _conv1x1(z, adapter[0]) + adapter[1]
     return z.contiguous(memory_format=torch.channels_last), y if save else None
+
+
+def _residual_adaln(
+    x: Tensor, h: Tensor, beta: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """y = x + beta · h, and AdaLN(y)."""
+    if runs_triton(x):
+        from dtpm_fast.kernels.adaln_triton import residual_adaln_forward
+
+        return residual_adaln_forward(x, h, beta, shift, scale, eps)
+    y = torch.addcmul(x, h, beta.to(x.dtype))
+    return y, compute_adaln(y, shift, scale, eps)
 
 
 def _ffn_backward(

@@ -127,6 +127,9 @@ def _stand_alone(channels: int, dtype: torch.dtype) -> Iterator[Case]:
         options = adaln_triton.launch_options(channels, channels_last)
         for kernel in (adaln_triton.adaln_forward_kernel, adaln_triton.adaln_backward_kernel):
             yield Case(kernel, channels, dtype, layout, options)
+        if channels_last:
+            kernel, single = adaln_triton.residual_adaln_forward_kernel, {"CHANNELS": channels}
+            yield Case(kernel, channels, dtype, {**single}, options)
         options = channel_attention_triton.launch_options(channels)
         product, offset = layout | {"PRODUCT": True}, layout | {"OFFSET": True}
         yield Case(channel_attention_triton.channel_sums_kernel, channels, dtype, product, options)

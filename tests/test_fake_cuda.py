@@ -176,16 +176,16 @@ def test_a_block_whose_products_are_cublas_launches_nothing_for_numbers_of_a_cha
             block_forward(x, modulation, weights, adapter, 1e-6, save=False)
     assert sorted(kernels) == [
         "adaln_forward_kernel",
-        "adaln_forward_kernel",
         "attention_kernel",
         "dwconv_gate_pool_forward_kernel",
+        "residual_adaln_forward_kernel",
         "scale_channels_kernel",
         "simple_gate_forward_kernel",
     ]
     products = [name for name in others.names if name in ("aten.linear", "aten.addmm", "aten.mm")]
     assert len(products) == 5, others.names
     assert sorted(set(others.names) - set(products)) == ["aten.add.Tensor", "aten.addcmul"]
-    assert len(others.names) == 5 + 3
+    assert len(others.names) == 5 + 2
 
 
 @pytest.mark.parametrize("channels", [64, 512])
