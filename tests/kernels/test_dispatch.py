@@ -13,6 +13,7 @@ import torch
 from dtpm_fast.errors import UserError
 from dtpm_fast.kernels.device import INTERPRETED
 from dtpm_fast.kernels.dispatch import ANY, OPTIONS, TABLE, Table, options_of, read_table, table, using_table
+from dtpm_fast.kernels.dwconv_triton import launch
 
 
 def test_the_smallest_entry_that_holds_the_channels_serves() -> None:
@@ -163,3 +164,15 @@ def test_tuning_without_a_gpu_is_an_error_in_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: tuning measures on a CUDA device")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "table.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "strips"),
+    [((1, 1024, 32, 32), 2, 16), ((1, 256, 64, 64), 2, 64), ((8, 128, 256, 256), 16, 128), ((1, 32, 1, 9), 2, 1)],
+)
+def test_strips_are_short_where_a_map_is_small(shape: tuple[int, int, int, int], rows: int, strips: int) -> None:
+    options = {"GROUPS": 8, "COLUMNS": 4, "BLOCK_C": 32, "ROWS": 16, "num_warps": 4}
+    h = torch.empty(shape, device="meta")
+    grid, used = launch(h, shape[1] // 2, options)
+    assert used == options | {"ROWS": rows}
+    assert grid == (strips, shape[0], -(-shape[1] // 64))
