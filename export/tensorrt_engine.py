@@ -42,9 +42,7 @@ class Engine:
         """As a plan with all weights, which can be exchanged again where they could before."""
         config = self.engine.create_serialization_config()
         config.clear_flag(self.trt.SerializationFlag.EXCLUDE_WEIGHTS)
-        keep = getattr(
-            self.trt.SerializationFlag, "INCLUDE_REFIT", None
-        )  # since 10.14, before it was a matter of course
+        keep = getattr(self.trt.SerializationFlag, "INCLUDE_REFIT", None)  # before 10.14 a matter of course
         if keep is not None:
             config.set_flag(keep)
         return bytes(self.engine.serialize_with_config(config))

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dtpm_fast.kernels.adaln_triton import normalise, normalise_backward
+from dtpm_fast.kernels.adaln_triton import load_modulation, load_row, normalise, normalise_backward
 from dtpm_fast.kernels.dispatch import Options
 from dtpm_fast.kernels.tiles import COMPILER, add_partials, empty_map, programs_per_sample, sum_pixels
 
@@ -67,21 +67,6 @@ def adaln_conv1x1_backward(
 def block_of(channels: int) -> int:
     """Channels padded to what `tl.dot` takes."""
     return max(triton.next_power_of_2(channels), 16)
-
-
-@triton.jit
-def load_modulation(shift_ptr, scale_ptr, shift_stride, scale_stride, c, in_c):
-    """This program's sample's shift and 1 + scale, (1, C)."""
-    sample = tl.program_id(1).to(tl.int64)
-    shift = tl.load(shift_ptr + sample * shift_stride + c, mask=in_c, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + sample * scale_stride + c, mask=in_c, other=0.0).to(tl.float32)
-    return shift, 1.0 + scale
-
-
-@triton.jit
-def load_row(ptr, c, in_c):
-    """A vector over the channels as (1, C) in float32."""
-    return tl.load(ptr + c, mask=in_c, other=0.0).to(tl.float32)
 
 
 @triton.jit

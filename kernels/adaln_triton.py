@@ -81,21 +81,34 @@ def normalise_backward(grad, normal, rstd, CHANNELS: tl.constexpr):
 
 
 @triton.jit
+def load_modulation(shift_ptr, scale_ptr, shift_stride, scale_stride, c, in_c):
+    """This program's sample's shift and 1 + scale, (1, C)."""
+    sample = tl.program_id(1).to(tl.int64)
+    shift = tl.load(shift_ptr + sample * shift_stride + c, mask=in_c, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + sample * scale_stride + c, mask=in_c, other=0.0).to(tl.float32)
+    return shift, 1.0 + scale
+
+
+@triton.jit
+def load_row(ptr, c, in_c):
+    """A vector over the channels as (1, C) in float32."""
+    return tl.load(ptr + c, mask=in_c, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def adaln_forward_kernel(
     x_ptr, shift_ptr, scale_ptr, out_ptr, shift_stride, scale_stride, pixels, eps,
     CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK_C)[None, :]
     in_c = c < CHANNELS
-    shift = tl.load(shift_ptr + sample * shift_stride + c, mask=in_c, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + sample * scale_stride + c, mask=in_c, other=0.0).to(tl.float32)
+    shift, scale = load_modulation(shift_ptr, scale_ptr, shift_stride, scale_stride, c, in_c)
     first = tl.program_id(0) * BLOCK_P
     mask = (first + tl.arange(0, BLOCK_P)[:, None] < pixels) & in_c
-    start, at = tile_offsets(sample, first, BLOCK_P, c, pixels, CHANNELS, CHANNELS_LAST)
+    start, at = tile_offsets(tl.program_id(1), first, BLOCK_P, c, pixels, CHANNELS, CHANNELS_LAST)
     x = tl.load(x_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
     normal, _ = normalise(x, in_c, CHANNELS, eps)
-    tl.store(out_ptr + start + at, (normal * (1.0 + scale) + shift).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + start + at, (normal * scale + shift).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -103,21 +116,18 @@ def residual_adaln_forward_kernel(
     x_ptr, h_ptr, factor_ptr, shift_ptr, scale_ptr, y_ptr, out_ptr, shift_stride, scale_stride, pixels, eps,
     CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK_C)[None, :]
     in_c = c < CHANNELS
-    shift = tl.load(shift_ptr + sample * shift_stride + c, mask=in_c, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + sample * scale_stride + c, mask=in_c, other=0.0).to(tl.float32)
-    factor = tl.load(factor_ptr + c, mask=in_c, other=0.0).to(tl.float32)
+    shift, scale = load_modulation(shift_ptr, scale_ptr, shift_stride, scale_stride, c, in_c)
     first = tl.program_id(0) * BLOCK_P
     mask = (first + tl.arange(0, BLOCK_P)[:, None] < pixels) & in_c
-    start, at = tile_offsets(sample, first, BLOCK_P, c, pixels, CHANNELS, True)
+    start, at = tile_offsets(tl.program_id(1), first, BLOCK_P, c, pixels, CHANNELS, True)
     x = tl.load(x_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
     h = tl.load(h_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
-    y = x + factor * h
+    y = x + load_row(factor_ptr, c, in_c) * h
     tl.store(y_ptr + start + at, y.to(y_ptr.dtype.element_ty), mask=mask)
     normal, _ = normalise(y, in_c, CHANNELS, eps)
-    tl.store(out_ptr + start + at, (normal * (1.0 + scale) + shift).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + start + at, (normal * scale + shift).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dtpm_fast.kernels.adaln_conv1x1_triton import block_of, load_modulation, load_row, load_weight, store_square
-from dtpm_fast.kernels.adaln_triton import normalise, normalise_backward
+from dtpm_fast.kernels.adaln_conv1x1_triton import block_of, load_weight, store_square
+from dtpm_fast.kernels.adaln_triton import load_modulation, load_row, normalise, normalise_backward
 from dtpm_fast.kernels.dispatch import Options
 from dtpm_fast.kernels.tiles import COMPILER, add_partials, empty_map, programs_per_sample, sum_pixels
 

@@ -11,7 +11,7 @@ from dtpm_fast.kernels.tiles import COMPILER, add_partials, programs_per_sample,
 
 # Programs whose sums `attention_kernel` adds up itself. Those of more are added up before it, once, and not in each of
 # its own programs.
-MOST_PROGRAMS = 128
+MOST_PROGRAMS = 256
 
 
 def channel_means(x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:

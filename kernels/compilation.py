@@ -41,7 +41,7 @@ CAPABILITIES = (80, 90)
 CHANNELS = (16, 32, 48, 64, 128, 256, 512)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Pointers to float32 or float64 whatever the maps hold: sums, and vectors that were sums.
+# Pointers to float64 and to float32 whatever the maps hold: sums, and vectors that were sums.
 FLOAT64 = {"attention_kernel": {"mean_ptr"}}
 FLOAT32 = {
     "attention_kernel": {"sums_ptr", "attention_ptr"},

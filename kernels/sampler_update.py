@@ -17,12 +17,16 @@ def sampler_update(row: Tensor, x: Tensor, output: Tensor, previous: Tensor, y_e
         output: (B, C, H, W), the network's, in any dtype.
 
     Returns: the next x and x0, in `x`'s dtype; channels_last on a GPU.
-    Raises: `ValueError` for a wrong shape, `TypeError` for a wrong dtype.
+    Raises: `ValueError` for a wrong shape or device, `TypeError` for a wrong dtype.
     """
     check_vector("row", row, (7,), x)
-    for name, tensor in (("x", x), ("output", output), ("previous", previous), ("y_eps", y_eps)):
+    if x.dim() != 4:
+        raise ValueError(f"x must be (B, C, H, W), not {tuple(x.shape)}")
+    for name, tensor in (("output", output), ("previous", previous), ("y_eps", y_eps)):
         if tensor.shape != x.shape:
             raise ValueError(f"{name} must have shape {tuple(x.shape)}, not {tuple(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move one of them")
         if tensor.dtype != x.dtype and name != "output":
             raise TypeError(f"{name} is {tensor.dtype} but x is {x.dtype}")
     if not runs_triton(x):
@@ -48,9 +52,8 @@ def _sampler_update(row: Tensor, x: Tensor, output: Tensor, previous: Tensor, y_
     with torch.cuda.device_of(x):
         if not runs_triton(x):
             following, x0 = sampler_update_ref(row, x, output, previous, y_eps)
-            return following.contiguous(memory_format=torch.channels_last), x0.contiguous(
-                memory_format=torch.channels_last
-            )
+            layout = torch.channels_last
+            return following.contiguous(memory_format=layout), x0.contiguous(memory_format=layout)
         from dtpm_fast.kernels.sampler_update_triton import launch
 
         return launch(row, x, output, previous, y_eps)

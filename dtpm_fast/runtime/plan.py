@@ -79,13 +79,12 @@ class Prepare(nn.Module):
                 level = self.levels[position] = (channels // width).bit_length() - 1
                 residual_bias = cast(FoldedBlock | KernelBlock | CpuBlock, block).residual_bias
                 bias = adapters[position].bias + adapters[position].matrix @ residual_bias
-                at_level.setdefault(level, []).append((adapters[position].kernel, bias))
-                if form != "kernels":
+                if form == "kernels":  # on a GPU all maps of a level are one product
+                    at_level.setdefault(level, []).append((adapters[position].kernel, bias))
+                else:
                     self.maps[_key(position)] = _map(form, adapters[position].kernel, bias, dtype)
-        # On a GPU all maps of a level are one product.
-        self.stacks = nn.ModuleDict()
-        if form == "kernels":
-            self.stacks.update({str(level): StackedPictureMaps(maps, dtype) for level, maps in at_level.items()})
+        stacks = {str(level): StackedPictureMaps(maps, dtype) for level, maps in at_level.items()}
+        self.stacks = nn.ModuleDict(stacks)
 
     def forward(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
         """y_d: (B, 3, H, W) in [-1, 1]. `code` (B, C) stands in for the picture's own semantic code."""

@@ -274,8 +274,7 @@ class KernelUNet(FoldedUNet):
         self.register_buffer("one", one[None], persistent=False)
 
     def rows_of(self, rows: Tensor) -> Tensor:
-        """In two launches for all blocks of a step: four casts and two differences a block were half of a block's
-        launches."""
+        """In a launch or two for all blocks of a step."""
         return rows.to(self.one.dtype) - self.one
 
 
