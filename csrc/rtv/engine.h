@@ -25,9 +25,9 @@ class Engine {
 public:
     Engine(Real* planes, int height, int width, const Parameters& parameters, Team& team)
         : planes(planes), H(height), W(width), bands((height + V - 1) / V), steps(width + V - 1), row(steps + 2 * V),
-          options(parameters), team(team), progress(size_t(bands)), partial(4 * size_t(bands) * C) {
+          options(parameters), team(team), progress(size_t(bands)), by_caller(size_t(bands)), partial(4 * size_t(bands) * C) {
         const size_t plane = (size_t(bands) * steps + 2) * V;  // a guard step on either side
-        const size_t total = 4 * C * plane + 3 * plane + 5 * size_t(C) * row;
+        const size_t total = 4 * C * plane + 3 * plane + (6 + size_t(bands)) * C * row;
         memory.reset(static_cast<Real*>(std::aligned_alloc(64, (total * sizeof(Real) + 63) / 64 * 64)));
         if (!memory) throw std::bad_alloc();
         std::memset(static_cast<void*>(memory.get()), 0, total * sizeof(Real));
@@ -35,6 +35,11 @@ public:
         for (Real** field : {&b, &x, &z, &d}) *field = next + C * V, next += C * plane;
         for (Real** field : {&e, &s, &inverse}) *field = next + V, next += plane;
         edges = next;
+    }
+
+    // A sweep has no more bands in progress at a time: each follows the one before at this distance.
+    static int most_threads(int height, int width) {
+        return std::min((height + V - 1) / V, 1 + (width + V - 1) / (chunk + V));
     }
 
     std::vector<SolveReport> run() {
@@ -57,6 +62,8 @@ public:
     }
 
 private:
+    static constexpr int chunk = 64;  // steps after which a band says how far it is
+
     struct Free {
         void operator()(Real* pointer) const { std::free(pointer); }
     };
@@ -68,12 +75,13 @@ private:
     std::unique_ptr<Real[], Free> memory;
     std::vector<Progress> progress;  // of the running sweep, per band
     long epoch = 0;                  // progress counts on from sweep to sweep, so that nobody has to set it back
+    std::vector<char> by_caller;     // whether the calling thread did the band in the last sweep
     std::vector<double> partial;
     Real *b, *x;         // right-hand side and solution
     Real *z, *d;         // conjugate gradients: residual behind the first triangular solve, direction
     Real *e, *s;         // weights of the edges to the east and to the south, times lambda/2
     Real* inverse;       // 1 / pivot
-    Real* edges;         // what a band hands to the next one of a sweep
+    Real* edges;         // what a band hands to the next one of a sweep; then what `below` finds
     Real shift[C]{};     // what the solution lacks on average
 
     static vec load(const Real* from) { return *reinterpret_cast<const vec*>(from); }
@@ -106,23 +114,28 @@ private:
         return edges + (size_t(place) * row + V) * C;
     }
 
+    // What `forward` finds below a band's last lane: the first lane of d in the next one, [step][channel], written by
+    // `backward`. Reading the next band of d itself would bring all of it into this core's cache, to be taken back by
+    // the core that writes it next.
+    Real* below(int band) { return edges + (size_t(6 + band) * row + V) * C; }
+
     // ---- bands, in parallel ---------------------------------------------------------------------------------------
 
     template <class Work>
     void each_band(const Work& work) {
-        team.each(bands, work);
+        team.each(bands, true, work);
     }
 
-    // A sweep: band `first`, and so on. A step needs the band before it done up to V - 1 steps further.
-    static constexpr int chunk = 64;
-
+    // A sweep, band by band. A step needs the band before it done up to V - 1 steps further.
     enum class Order { down, up };
     // start(band) makes what a band carries from step to step, step(band, k, state) does a step, end(band, state).
     template <Order order, class Body>
     void sweep(const Body& body) {
-        team.each(bands, [&](int number) {
+        // The first band goes to whoever did it in the last sweep and has it in its cache; the others follow from that.
+        team.each(bands, by_caller[order == Order::down ? 0 : bands - 1], [&](int number) {
             const int band = order == Order::down ? number : bands - 1 - number;
             const int source = order == Order::down ? band - 1 : band + 1;
+            by_caller[size_t(band)] = team.is_caller();
             body(band, [&](auto step) {
                 for (int from = 0; from < steps; from += chunk) {
                     const int to = std::min(from + chunk, steps);
@@ -317,7 +330,7 @@ private:
                                          "raise sharpness, or use float64");
             Step step;
             while (iterations < most_iterations && !std::equal(rr, rr + C, goal, std::less_equal<double>())) {
-                iterate(step, rr);
+                team.the_faster_way([&] { iterate(step, rr); });
                 ++iterations;
             }
         }
@@ -479,8 +492,8 @@ private:
             const Real *const e = this->e + first_step, *const s = this->s + first_step;
             const Real *const inverse = this->inverse + first_step, *const z = this->z + first_step * C;
             Real* const d = this->d + first_step * C;
-            const Real *const s_from = handed(0, band + 1), *const d_from = handed(1, band + 1);
-            Real *const s_to = handed(0, band), *const d_to = handed(1, band);
+            const Real *const s_from = handed(0, band + 1), *const d_from = below(band);
+            Real *const s_to = handed(0, band), *const d_to = below(band - 1);
             each_step([&](long k) {
                 const vec east = load(e + k * V), south = load(s + k * V), scale = load(inverse + k * V);
                 const vec scaled_east = east * scale, scaled_south = south * scale;
@@ -509,11 +522,11 @@ private:
         sweep<Order::down>([&](int band, const auto& each_step) {
             vec here[C], west[C] = {}, north[C] = {}, sums[C] = {};
             for (int c = 0; c < C; ++c) here[c] = load(d + at(band, 0) * C + c * V);
-            const size_t first = at(band, 0), below = to_south(band) * C;
+            const size_t first = at(band, 0);
             const Real *const e = this->e + first, *const s = this->s + first, *const inverse = this->inverse + first;
             const Real* const d = this->d + first * C;
             Real *const x = this->x + first * C, *const z = this->z + first * C;
-            const Real* const from = handed(0, band - 1);
+            const Real *const from = handed(0, band - 1), *const d_below = below(band);
             Real* const to = handed(0, band);
             each_step([&](long k) {
                 const vec east = load(e + k * V), south = load(s + k * V), scale = load(inverse + k * V);
@@ -521,7 +534,7 @@ private:
                 for (int c = 0; c < C; ++c) {
                     const long j = (k * C + c) * V, n = k * C + c;
                     const vec next = load(d + j + C * V);
-                    const vec over_east = here[c] - next, over_south = here[c] - from_south(next, load(d + j + below));
+                    const vec over_east = here[c] - next, over_south = here[c] - from_south(next, all(d_below[n - (V - 1) * C]));
                     const vec y = scale * (here[c] + east * over_east + south * over_south + west[c] +
                                            from_north(north[c], all(from[n + (V - 1) * C])));
                     west[c] = east * (y - over_east);

@@ -56,7 +56,7 @@ template <template <class, int, int> class Engine, class Real, int V>
 std::vector<SolveReport> run(Real* planes, int height, int width, int channels, const Parameters& parameters,
                              int threads) {
     const FlushDenormals flush;  // before the team, whose threads inherit it
-    Team team(std::max(1, std::min(threads, (height + V - 1) / V)));
+    Team team(std::max(1, std::min(threads, Engine<Real, V, 1>::most_threads(height, width))));
     if (channels == 1) return Engine<Real, V, 1>(planes, height, width, parameters, team).run();
     return Engine<Real, V, 3>(planes, height, width, parameters, team).run();
 }

@@ -23,7 +23,7 @@ namespace rtv {
 class Team {
 public:
     // Fewer than `size` where the system gives no more threads.
-    explicit Team(int size) {
+    explicit Team(int size) : caller_(std::this_thread::get_id()) {
         helpers_.reserve(size_t(size - 1));
         try {
             for (int i = 1; i < size; ++i) helpers_.emplace_back([this] { help(); });
@@ -35,16 +35,33 @@ public:
             const std::lock_guard<std::mutex> lock(mutex_);
             closed_.store(true, std::memory_order_relaxed);
         }
-        closing_.notify_all();
+        waking_.notify_all();
         for (auto& helper : helpers_) helper.join();
     }
 
-    bool alone() const { return helpers_.empty(); }
+    bool alone() const { return helpers_.empty() || dismissed_.load(std::memory_order_relaxed); }
+    bool is_caller() const { return std::this_thread::get_id() == caller_; }
+
+    // Does a piece of work, one of many equal ones, with helpers or without: as was faster of the first ones, and so on
+    // after every 64. Of two the second counts, because the first moves what is in the caches.
+    template <class Work>
+    void the_faster_way(const Work& work) {
+        if (helpers_.empty()) return work();
+        const unsigned nth = pieces_++ % 64;
+        if (nth < 2 || (nth >= 4 && sharing_pays_)) call();
+        else dismiss();
+        const auto start = Clock::now();
+        work();
+        const auto taken = Clock::now() - start;
+        if (nth == 1) shared_took_ = taken;
+        if (nth == 3) sharing_pays_ = shared_took_ < taken;
+    }
 
     // Calls work(item) for every item in [0, count) and returns when all are done. An item may wait for lower ones.
-    // Throws what an item threw (memory can end in any thread); the others' results are worth nothing then.
+    // The first one is left to a helper for a moment unless `mine`. Throws what an item threw (memory can end in any
+    // thread); the others' results are worth nothing then.
     template <class Work>
-    void each(int count, const Work& work) {
+    void each(int count, bool mine, const Work& work) {
         if (alone()) {
             for (int item = 0; item < count; ++item) work(item);
             return;
@@ -54,6 +71,7 @@ public:
         count_ = count;
         finished_.store(0, std::memory_order_relaxed);
         ticket_.store(std::uint64_t(++round_) << 32 | unsigned(count), std::memory_order_release);
+        if (!mine) spin([&] { return unsigned(ticket_.load(std::memory_order_relaxed)) != unsigned(count); }, a_moment);
         while (claim()) {}
         wait([&] { return finished_.load(std::memory_order_acquire) == count; });
         if (failed_.load(std::memory_order_relaxed)) {
@@ -70,20 +88,37 @@ public:
 
 private:
     using Clock = std::chrono::steady_clock;
-    static constexpr std::chrono::microseconds patience{300};
+    static constexpr std::chrono::microseconds patience{300}, a_moment{2};
     static constexpr std::chrono::milliseconds first_rest{10};
 
+    const std::thread::id caller_;
     std::vector<std::thread> helpers_;
     std::atomic<std::uint64_t> ticket_{0};  // the round, and how many of its items nobody has claimed
     std::atomic<int> finished_{0};
-    std::atomic<bool> stalled_{false}, closed_{false}, failed_{false};
+    std::atomic<bool> stalled_{false}, closed_{false}, failed_{false}, dismissed_{false};
     std::exception_ptr error_;  // the first of a round; written under the mutex, before its item counts as finished
     void (*call_)(const void*, int) = nullptr;  // these three belong to a round, and change only between rounds
     const void* work_ = nullptr;
     int count_ = 0;
     std::uint32_t round_ = 0;
+    unsigned pieces_ = 0;
+    Clock::duration shared_took_{};
+    bool sharing_pays_ = true;
     std::mutex mutex_;
-    std::condition_variable closing_;
+    std::condition_variable waking_;
+
+    // Between rounds: the helpers sleep until they are called.
+    void dismiss() { dismissed_.store(true, std::memory_order_relaxed); }
+    void call() {
+        if (helpers_.empty() || !dismissed_.load(std::memory_order_relaxed)) return;
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            dismissed_.store(false, std::memory_order_relaxed);
+        }
+        waking_.notify_all();
+    }
+
+    bool closing() const { return closed_.load(std::memory_order_relaxed); }
 
     // Does one item. False when none is left.
     bool claim() {
@@ -104,11 +139,12 @@ private:
 
     void help() {
         std::chrono::milliseconds rest = first_rest;
-        const auto something_to_do = [this] {
-            return unsigned(ticket_.load(std::memory_order_relaxed)) != 0 || closed_.load(std::memory_order_relaxed);
-        };
-        while (!closed_.load(std::memory_order_relaxed)) {
-            if (stalled_.exchange(false, std::memory_order_relaxed)) {
+        const auto something_to_do = [this] { return unsigned(ticket_.load(std::memory_order_relaxed)) != 0 || closing(); };
+        while (!closing()) {
+            if (dismissed_.load(std::memory_order_relaxed)) {
+                std::unique_lock<std::mutex> lock(mutex_);
+                waking_.wait(lock, [this] { return !dismissed_.load(std::memory_order_relaxed) || closing(); });
+            } else if (stalled_.exchange(false, std::memory_order_relaxed)) {
                 sleep(rest);
                 rest *= 4;
             } else if (!claim() && !spin(something_to_do)) {
@@ -127,12 +163,12 @@ private:
     template <class Duration>
     void sleep(Duration duration) {
         std::unique_lock<std::mutex> lock(mutex_);
-        closing_.wait_for(lock, duration, [this] { return closed_.load(std::memory_order_relaxed); });
+        waking_.wait_for(lock, duration, [this] { return closing(); });
     }
 
-    // Whether the condition came true within the time that a working partner needs at most.
+    // Whether the condition came true within this time, or else that which a working partner needs at most.
     template <class Condition>
-    static bool spin(Condition condition) {
+    static bool spin(Condition condition, std::chrono::microseconds longest = patience) {
         const auto start = Clock::now();
         do {
             for (int i = 0; i < 64; ++i) {
@@ -141,7 +177,7 @@ private:
                 __builtin_ia32_pause();
 #endif
             }
-        } while (Clock::now() - start < patience);
+        } while (Clock::now() - start < longest);
         return false;
     }
 };
