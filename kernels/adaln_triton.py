@@ -23,20 +23,6 @@ def adaln_forward(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps
     return out
 
 
-def residual_adaln_forward(
-    x: torch.Tensor, h: torch.Tensor, factor: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`y = x + factor · h` with one factor a channel, and `adaln(y)`; all maps channels_last."""
-    samples, channels, height, width = x.shape
-    y, out = (torch.empty_like(x, memory_format=torch.channels_last) for _ in range(2))
-    options = launch_options(channels, channels_last=True)
-    residual_adaln_forward_kernel[(triton.cdiv(height * width, options["BLOCK_P"]), samples)](
-        x, h, factor, shift, scale, y, out, shift.stride(0), scale.stride(0), height * width, eps,
-        CHANNELS=channels, **options, **COMPILER,
-    )  # fmt: skip
-    return y, out
-
-
 def adaln_backward(
     grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -108,25 +94,6 @@ def adaln_forward_kernel(
     start, at = tile_offsets(tl.program_id(1), first, BLOCK_P, c, pixels, CHANNELS, CHANNELS_LAST)
     x = tl.load(x_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
     normal, _ = normalise(x, in_c, CHANNELS, eps)
-    tl.store(out_ptr + start + at, (normal * scale + shift).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def residual_adaln_forward_kernel(
-    x_ptr, h_ptr, factor_ptr, shift_ptr, scale_ptr, y_ptr, out_ptr, shift_stride, scale_stride, pixels, eps,
-    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    c = tl.arange(0, BLOCK_C)[None, :]
-    in_c = c < CHANNELS
-    shift, scale = load_modulation(shift_ptr, scale_ptr, shift_stride, scale_stride, c, in_c)
-    first = tl.program_id(0) * BLOCK_P
-    mask = (first + tl.arange(0, BLOCK_P)[:, None] < pixels) & in_c
-    start, at = tile_offsets(tl.program_id(1), first, BLOCK_P, c, pixels, CHANNELS, True)
-    x = tl.load(x_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
-    h = tl.load(h_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
-    y = x + load_row(factor_ptr, c, in_c) * h
-    tl.store(y_ptr + start + at, y.to(y_ptr.dtype.element_ty), mask=mask)
-    normal, _ = normalise(y, in_c, CHANNELS, eps)
     tl.store(out_ptr + start + at, (normal * scale + shift).to(out_ptr.dtype.element_ty), mask=mask)
 
 

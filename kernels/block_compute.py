@@ -1,6 +1,7 @@
 """The denoising block's forward and backward without autograd, group by group: fused where the table says so.
 
-A group that is not fused is made of matrix products (cuBLAS) and the stand-alone kernels; on the CPU, of PyTorch alone,
+Few channels take K1, K2 and K3, many the products of `wide_conv1x1_triton`. What is not fused is made of matrix
+products (cuBLAS) and the stand-alone kernels; on the CPU, of PyTorch alone,
 which is how its algebra is checked in float64. All maps are channels_last.
 """
 
@@ -138,7 +139,8 @@ def _adaln_conv1x1(x: Tensor, modulation: Modulation, weights: BlockWeights, eps
     shift, scale = modulation.shift1, modulation.scale1
     options = _fused("adaln_conv1x1_forward", x)
     if options is None:
-        return _conv1x1(compute_adaln(x, shift, scale, eps), weights.conv1_weight, weights.conv1_bias)
+        conv1 = weights.conv1_weight, weights.conv1_bias
+        return _wide("wide_adaln_conv1x1", x, *conv1, adaln=(shift, scale, eps))
     from dtpm_fast.kernels.adaln_conv1x1_triton import adaln_conv1x1_forward
 
     return adaln_conv1x1_forward(x, shift, scale, weights.conv1_weight, weights.conv1_bias, eps, options)
@@ -193,26 +195,59 @@ def _attention_ffn(
             save,
             options,
         )
-    h = _conv1x1(compute_scaling(g, attention), weights.conv3_weight, weights.conv3_bias)
-    y, h = _residual_adaln(x, h, weights.beta, modulation.shift2, modulation.scale2, eps)
-    h = compute_simple_gate(_conv1x1(h, weights.conv4_weight, weights.conv4_bias))
-    h = _conv1x1(h, weights.conv5_weight, weights.conv5_bias)
-    z = torch.addcmul(y, h, weights.gamma.to(x.dtype))
+    conv3, conv4, conv5 = (
+        (weights.conv3_weight, weights.conv3_bias),
+        (weights.conv4_weight, weights.conv4_bias),
+        (weights.conv5_weight, weights.conv5_bias),
+    )
+    y = _wide("wide_attention_conv1x1_residual", g, *conv3, attention=attention, residual=x, factor=weights.beta)
+    adaln = modulation.shift2, modulation.scale2, eps
+    h = _wide("wide_adaln_conv1x1_gate", y, *conv4, adaln=adaln, gate=True)
+    z = _wide("wide_conv1x1_residual", h, *conv5, residual=y, factor=weights.gamma)
     if adapter is not None:
-        z = _conv1x1(z, adapter[0]) + adapter[1]
-    return z.contiguous(memory_format=torch.channels_last), y if save else None
+        matrix, bias_map = adapter
+        z = _wide("wide_conv1x1_residual", z, matrix, None, residual=bias_map)
+    return z, y if save else None
 
 
-def _residual_adaln(
-    x: Tensor, h: Tensor, beta: Tensor, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """y = x + beta · h, and AdaLN(y)."""
-    if runs_triton(x):
-        from dtpm_fast.kernels.adaln_triton import residual_adaln_forward
+def _wide(
+    kernel: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    adaln: tuple[Tensor, Tensor, float] | None = None,
+    attention: Tensor | None = None,
+    gate: bool = False,
+    residual: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """`residual + factor · gate(conv1x1(x'))`, x' being AdaLN(x), `attention` · x or x: one kernel, or one a step."""
+    options = _fused(kernel, x)
+    if options is not None:
+        from dtpm_fast.kernels.wide_conv1x1_triton import wide_conv1x1
 
-        return residual_adaln_forward(x, h, beta, shift, scale, eps)
-    y = torch.addcmul(x, h, beta.to(x.dtype))
-    return y, compute_adaln(y, shift, scale, eps)
+        return wide_conv1x1(
+            x,
+            weight,
+            bias,
+            options,
+            adaln=adaln,
+            attention=attention,
+            gate=gate,
+            residual=residual,
+            factor=factor,
+        )
+    if adaln is not None:
+        x = compute_adaln(x, *adaln)
+    if attention is not None:
+        x = compute_scaling(x, attention)
+    x = _conv1x1(x, weight, bias)
+    if gate:
+        x = compute_simple_gate(x)
+    if residual is not None:
+        x = residual + x if factor is None else torch.addcmul(residual, x, factor.to(x.dtype))
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _ffn_backward(

@@ -31,6 +31,7 @@ from dtpm_fast.kernels import (
     dwconv_triton,
     sampler_update_triton,
     simple_gate_triton,
+    wide_conv1x1_triton,
 )
 from dtpm_fast.kernels.adaln_conv1x1_triton import block_of
 from dtpm_fast.kernels.dispatch import Options, options_of
@@ -53,6 +54,7 @@ FLOAT32 = {
     "dwconv_gate_pool_forward_kernel": {"sums_ptr"},
     "gate_backward_kernel": {"scale_ptr", "offset_ptr", "sums_ptr"},
     "attention_ffn_forward_kernel": {"attention_ptr"},
+    "wide_conv1x1_kernel": {"attention_ptr"},
     "ffn_backward_kernel": {"vectors_ptr", "matrices_ptr"},
     "conv3_backward_kernel": {"vectors_ptr", "matrices_ptr"},
 }
@@ -127,9 +129,6 @@ def _stand_alone(channels: int, dtype: torch.dtype) -> Iterator[Case]:
         options = adaln_triton.launch_options(channels, channels_last)
         for kernel in (adaln_triton.adaln_forward_kernel, adaln_triton.adaln_backward_kernel):
             yield Case(kernel, channels, dtype, layout, options)
-        if channels_last:
-            kernel, single = adaln_triton.residual_adaln_forward_kernel, {"CHANNELS": channels}
-            yield Case(kernel, channels, dtype, {**single}, options)
         options = channel_attention_triton.launch_options(channels)
         product, offset = layout | {"PRODUCT": True}, layout | {"OFFSET": True}
         yield Case(channel_attention_triton.channel_sums_kernel, channels, dtype, product, options)
@@ -164,6 +163,16 @@ def _fused(channels: int, dtype: torch.dtype) -> Iterator[Case]:
             ("ffn_backward", k3.ffn_backward_kernel, {**plain, "FROZEN": frozen}),
             ("conv3_backward", k3.conv3_backward_kernel, {**plain, "FROZEN": frozen}),
         ]
+    wide: dict[str, int | bool] = {"CHANNELS": channels, "OUTPUTS": channels, "BIAS": True}
+    wide |= dict.fromkeys(("ADALN", "ATTENTION", "GATE", "RESIDUAL", "FACTOR"), False)
+    for name, own in (
+        ("wide_adaln_conv1x1", {"OUTPUTS": 2 * channels, "ADALN": True}),
+        ("wide_attention_conv1x1_residual", {"ATTENTION": True, "RESIDUAL": True, "FACTOR": True}),
+        ("wide_adaln_conv1x1_gate", {"ADALN": True, "GATE": True}),
+        ("wide_conv1x1_residual", {"RESIDUAL": True, "FACTOR": True}),
+        ("wide_conv1x1_residual", {"RESIDUAL": True, "BIAS": False}),  # the adapter
+    ):
+        table.append((name, wide_conv1x1_triton.wide_conv1x1_kernel, wide | own))
     for name, kernel, constants in table:
         options = options_of(name, channels, dtype)
         if options is not None:

@@ -21,6 +21,7 @@ ANY = 65536
 BITS = (16, 32)
 
 _TILE = frozenset(("BLOCK_P", "num_warps", "num_stages"))
+_PRODUCT = frozenset(("BLOCK_P", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"))
 _STRIP = frozenset(("GROUPS", "COLUMNS", "BLOCK_C", "ROWS", "num_warps"))
 # The options that each kernel takes.
 OPTIONS = {
@@ -29,12 +30,24 @@ OPTIONS = {
     "attention_ffn_forward": _TILE,
     "ffn_backward": _TILE,
     "conv3_backward": _TILE,
+    "wide_adaln_conv1x1": _PRODUCT,
+    "wide_attention_conv1x1_residual": _PRODUCT,
+    "wide_adaln_conv1x1_gate": _PRODUCT,
+    "wide_conv1x1_residual": _PRODUCT,
     "dwconv_gate_pool_forward": _STRIP,
     "gate_backward": _STRIP,
     "dwconv_backward": _STRIP,
 }
 # These have no other form than their kernel: the table holds one entry of them for any number of channels.
 ALWAYS = ("dwconv_gate_pool_forward", "gate_backward", "dwconv_backward")
+
+# The products of many channels, and the kernel that does without each where its own channels are few enough.
+WIDE = {
+    "wide_adaln_conv1x1": "adaln_conv1x1_forward",
+    "wide_attention_conv1x1_residual": "attention_ffn_forward",
+    "wide_adaln_conv1x1_gate": "attention_ffn_forward",
+    "wide_conv1x1_residual": "attention_ffn_forward",
+}
 
 Options = dict[str, int]
 Table = dict[str, list[dict[str, Any]]]

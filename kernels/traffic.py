@@ -42,6 +42,14 @@ FORWARD = {
     "dwconv_gate_pool_forward": Maps(2, 1),
     "attention_ffn_forward": Maps(2, 1),
 }
+# Of many channels, in the order of the block; what training keeps, y and g, is written anyway.
+WIDE_FORWARD = {
+    "wide_adaln_conv1x1": Maps(1, 2),
+    "dwconv_gate_pool_forward": Maps(2, 1),
+    "wide_attention_conv1x1_residual": Maps(2, 1),
+    "wide_adaln_conv1x1_gate": Maps(1, 1),
+    "wide_conv1x1_residual": Maps(2, 1),
+}
 # y is written besides, and g, which is written anyway, is kept; the backward computes h once more.
 TRAINING_FORWARD = FORWARD | {"attention_ffn_forward": Maps(2, 2)}
 BACKWARD = {
@@ -183,6 +191,7 @@ def markdown(channels: int, size: int, batch: int, measured: Mapping[str, float]
         "| | forward | forward in training | backward | kept for the backward |",
         "|---|---|---|---|---|",
         f"| fused | {total(FORWARD)} T | {total(TRAINING_FORWARD)} T | {total(BACKWARD)} T | 3 T |",
+        f"| wide products (many channels) | {total(WIDE_FORWARD)} T | {total(WIDE_FORWARD)} T | not counted | 3 T |",
         f"| eager PyTorch, counted | {counted.forward:.1f} T | {counted.forward:.1f} T | {counted.backward:.1f} T "
         f"| {counted.kept:.1f} T |",
     ]

@@ -30,18 +30,24 @@ from dtpm_fast.commands.run import run
 from dtpm_fast.errors import UserError
 from dtpm_fast.kernels import block_compute
 from dtpm_fast.kernels.block_compute import BlockWeights, Modulation
-from dtpm_fast.kernels.dispatch import ALWAYS, ANY, Options, Table, read_table, table, using_table
+from dtpm_fast.kernels.dispatch import ALWAYS, ANY, WIDE, Options, Table, read_table, table, using_table
 from dtpm_fast.kernels.traffic import block_inputs
 
 CHANNELS = (32, 64, 128, 256, 512)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 BATCH = 8
+FEWEST_WIDE = 128  # channels
 PATIENCE = 120  # seconds for a job that helpers compile ahead
 EPS = 1e-6
 
 _TILES = [
     {"BLOCK_P": pixels, "num_warps": warps, "num_stages": stages}
     for pixels, warps, stages in itertools.product((16, 32, 64, 128), (2, 4, 8), (1, 2, 3))
+]
+_PRODUCTS = [
+    {"BLOCK_P": pixels, "BLOCK_N": outputs, "BLOCK_K": channels, "num_stages": 3}
+    | {"num_warps": min(pixels * outputs // 1024, 8)}
+    for pixels, outputs, channels in itertools.product((32, 64, 128), (64, 128), (32, 64))
 ]
 _STRIPS = [
     {"GROUPS": groups, "COLUMNS": columns, "BLOCK_C": channels, "ROWS": rows, "num_warps": 4}
@@ -54,6 +60,7 @@ CANDIDATES: dict[str, list[Options]] = {
     "attention_ffn_forward": _TILES,
     "ffn_backward": _TILES,
     "conv3_backward": _TILES,
+    **dict.fromkeys(WIDE, _PRODUCTS),
     **dict.fromkeys(ALWAYS, _STRIPS),
 }
 # Float32 values that a program holds at a time, roughly: tiles of pixels by channels, and of channels by channels.
@@ -76,7 +83,7 @@ class Job(NamedTuple):
 
 def candidates(job: Job) -> list[Options]:
     """The tile sizes worth compiling: others would spill, or leave a thread next to nothing to do."""
-    if job.kernel in ALWAYS:
+    if job.kernel in ALWAYS or job.kernel in WIDE:
         return CANDIDATES[job.kernel]
     tiles, squares = _HELD[job.kernel]
     c = triton.next_power_of_2(job.channels)
@@ -90,10 +97,12 @@ def candidates(job: Job) -> list[Options]:
 
 
 def jobs_of(channels: tuple[int, ...], bits: tuple[int, ...]) -> list[Job]:
-    """In the order in which they are worth measuring: 64 channels first, which is where the presets' time goes."""
-    order = sorted(channels, key=lambda c: (c != 64, c))
+    """In the order in which they are worth measuring: 64 channels first, which is where pictures are large, then 512,
+    which 28 of the 36 blocks of `base` have. Wide products come before the kernels that do without them."""
+    order = sorted(channels, key=lambda c: (c != 64, c != 512, c))
     everywhere = [Job(kernel, 64, width) for width in bits for kernel in ALWAYS]
-    by_channels = [Job(k, c, width) for width in bits for c in order for k in CANDIDATES if k not in ALWAYS]
+    kernels = [*WIDE, *(kernel for kernel in CANDIDATES if kernel not in ALWAYS and kernel not in WIDE)]
+    by_channels = [Job(k, c, b) for b in bits for c in order for k in kernels if k not in WIDE or c >= FEWEST_WIDE]
     return everywhere + by_channels
 
 
@@ -147,9 +156,10 @@ def _does_not_compile(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def _alone(kernel: str, options: Options | None) -> Iterator[None]:
-    """The table in use, but for this kernel's options."""
+    """The table in use, but for this kernel's options, and for the kernel that would take its place."""
     entries = [] if options is None else [{"channels": ANY, "bits": bits, "options": options} for bits in DTYPES]
-    with using_table(table() | {kernel: entries}):
+    instead: Table = {WIDE[kernel]: []} if kernel in WIDE else {}
+    with using_table(table() | instead | {kernel: entries}):
         yield
 
 
@@ -174,7 +184,16 @@ def _steps(channels: int, dtype: torch.dtype, side: int = 0, batch: int = BATCH)
     h = block_compute._adaln_conv1x1(x, modulation, weights, EPS)
     g, mean, attention = block_compute._dwconv_gate_attention(h, weights)
     arguments = (g, attention, x, modulation, weights, None, EPS, True)
+    conv3, conv4, conv5 = ((getattr(weights, f"conv{n}_weight"), getattr(weights, f"conv{n}_bias")) for n in (3, 4, 5))
+    adaln = modulation.shift2, modulation.scale2, EPS
+    wide = block_compute._wide
     return {
+        "wide_adaln_conv1x1": lambda: block_compute._adaln_conv1x1(x, modulation, weights, EPS),
+        "wide_attention_conv1x1_residual": lambda: wide(
+            "wide_attention_conv1x1_residual", g, *conv3, attention=attention, residual=x, factor=weights.beta
+        ),
+        "wide_adaln_conv1x1_gate": lambda: wide("wide_adaln_conv1x1_gate", x, *conv4, adaln=adaln, gate=True),
+        "wide_conv1x1_residual": lambda: wide("wide_conv1x1_residual", g, *conv5, residual=x, factor=weights.gamma),
         "adaln_conv1x1_forward": lambda: block_compute._adaln_conv1x1(x, modulation, weights, EPS),
         "adaln_conv1x1_backward": lambda: block_compute._adaln_conv1x1_backward(h, x, x, modulation, weights, EPS),
         "attention_ffn_forward": lambda: block_compute._attention_ffn(*arguments),

@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from dtpm_fast.kernels.block_compute import BlockWeights, Modulation, block_backward, block_forward
 from dtpm_fast.kernels.device import INTERPRETED
+from dtpm_fast.kernels.dispatch import WIDE, table, using_table
 from dtpm_fast.model.block import use_kernels
 from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.sampler import Steps, make_steps
@@ -167,25 +168,36 @@ def test_a_fused_block_is_four_launches(fake: FakeTensorMode, kernels: list[str]
 
 
 @torch.no_grad()
+def test_a_block_of_many_channels_is_seven_launches(fake: FakeTensorMode, kernels: list[str]) -> None:
+    with fake:
+        x, modulation, weights, adapter = inputs(512)
+        with Launches() as others:
+            block_forward(x, modulation, weights, adapter, 1e-6, save=False)
+    first = ["wide_conv1x1_kernel", "dwconv_gate_pool_forward_kernel", "attention_kernel"]
+    assert kernels == first + 4 * ["wide_conv1x1_kernel"]
+    assert others.names == []
+
+
+@torch.no_grad()
 def test_a_block_whose_products_are_cublas_launches_nothing_for_numbers_of_a_channel(
     fake: FakeTensorMode, kernels: list[str]
 ) -> None:
-    with fake:
+    with fake, using_table(table() | {name: [] for name in WIDE}):
         x, modulation, weights, adapter = inputs(512)
         with Launches() as others:
             block_forward(x, modulation, weights, adapter, 1e-6, save=False)
     assert sorted(kernels) == [
         "adaln_forward_kernel",
+        "adaln_forward_kernel",
         "attention_kernel",
         "dwconv_gate_pool_forward_kernel",
-        "residual_adaln_forward_kernel",
         "scale_channels_kernel",
         "simple_gate_forward_kernel",
     ]
     products = [name for name in others.names if name in ("aten.linear", "aten.addmm", "aten.mm")]
     assert len(products) == 5, others.names
     assert sorted(set(others.names) - set(products)) == ["aten.add.Tensor", "aten.addcmul"]
-    assert len(others.names) == 5 + 2
+    assert len(others.names) == 5 + 3
 
 
 @pytest.mark.parametrize("channels", [64, 512])

@@ -1,5 +1,5 @@
-"""The smoother's threads: what an item throws in any of them reaches the caller, and the team goes on; helpers that only
-cost time are sent away."""
+"""The smoother's threads: what an item throws in any of them reaches the caller, and the team goes on; helpers that
+only cost time are sent away."""
 
 import shutil
 import subprocess

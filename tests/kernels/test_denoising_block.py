@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dtpm_fast.kernels import BlockWeights, adaln, block_weights, denoising_block, simple_gate
 from dtpm_fast.kernels.block import _block, _block_backward, _block_train, denoising_block_ref
 from dtpm_fast.kernels.block_compute import Modulation, _adaln_conv1x1, _conv1x1_weight, _dwconv_gate_pool
-from dtpm_fast.kernels.dispatch import Table, table, using_table
+from dtpm_fast.kernels.dispatch import WIDE, Table, table, using_table
 from dtpm_fast.model.block import DenoisingBlock, use_kernels
 
 NAMES = ["out", "x", "shift1", "scale1", "shift2", "scale2", *BlockWeights._fields]
@@ -47,22 +47,26 @@ def run(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, kin
     return [out, *torch.autograd.grad(out, inputs, grad.to(kind))]
 
 
-@pytest.fixture(params=["recorded", "fused", "parts"])
+@pytest.fixture(params=["recorded", "fused", "wide", "parts"])
 def kernels(request: pytest.FixtureRequest, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The recorded dispatch table; one that fuses everything, in smaller tiles; and one that fuses what it must. The
-    second has strips of several rows and sums of many programs, which only large maps have otherwise."""
+    """The recorded dispatch table; one that fuses everything, in smaller tiles; one whose forward is that of many
+    channels, and which fuses nothing else; and one that fuses what it must. The second has strips of several rows and
+    sums of many programs, which only large maps have otherwise."""
     recorded = table()
     if request.param != "fused" and dtype == torch.float32:
         pytest.skip("in float32 the recorded table fuses what it must, whose algebra is checked in float64")
-    fused = {"GROUPS": 4, "COLUMNS": 2, "BLOCK_C": 64, "ROWS": 8}, {"BLOCK_P": 32}, {"BLOCK_P": 32, "BLOCK_N": 32}
+    strip, tile = {"GROUPS": 4, "COLUMNS": 2, "BLOCK_C": 64, "ROWS": 8}, {"BLOCK_P": 32}
+    own = {name: {"BLOCK_P": 16, "BLOCK_N": 32, "BLOCK_K": 32} for name in WIDE} | {FUSED[0]: tile | {"BLOCK_N": 32}}
+    wanted = {"fused": FUSED, "wide": WIDE, "parts": ()}
     entries: Table = {}
     for name, entry in recorded.items():
-        options = fused[0] if name not in FUSED else fused[2] if name == FUSED[0] else fused[1]
-        entries[name] = [{"channels": 1024, "bits": bits, "options": options} for bits in (16, 32)]
-        if request.param == "recorded" or (request.param == "parts" and name not in FUSED):
+        if request.param == "recorded" or (request.param != "fused" and name not in FUSED and name not in WIDE):
             entries[name] = entry
-        elif request.param == "parts":
+        elif (name in FUSED or name in WIDE) and name not in wanted[request.param]:
             entries[name] = []
+        else:
+            options = own.get(name, tile if name in FUSED else strip)
+            entries[name] = [{"channels": 1024, "bits": bits, "options": options} for bits in (16, 32)]
     if request.param == "fused":
         monkeypatch.setattr("dtpm_fast.kernels.dwconv_triton.FEWEST_PROGRAMS", 1)
         monkeypatch.setattr("dtpm_fast.kernels.channel_attention_triton.MOST_PROGRAMS", 1)

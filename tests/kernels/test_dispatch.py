@@ -12,7 +12,7 @@ import torch
 
 from dtpm_fast.errors import UserError
 from dtpm_fast.kernels.device import INTERPRETED
-from dtpm_fast.kernels.dispatch import ANY, OPTIONS, TABLE, Table, options_of, read_table, table, using_table
+from dtpm_fast.kernels.dispatch import ANY, OPTIONS, TABLE, WIDE, Table, options_of, read_table, table, using_table
 from dtpm_fast.kernels.dwconv_triton import launch
 
 
@@ -103,6 +103,8 @@ def test_tuner_keeps_the_fastest_and_no_kernel_that_loses(monkeypatch: pytest.Mo
 
     jobs = module.jobs_of((32, 64), (16,))
     assert len(jobs) == len({*jobs}) == 3 + 2 * 5
+    wide = [job.kernel in WIDE for job in module.jobs_of((512,), (16,)) if job.kernel not in module.ALWAYS]
+    assert wide == [True] * 4 + [False] * 5
     fastest = next(o for o in module.candidates(module.Job("ffn_backward", 64, 16)) if o["num_stages"] == 2)
     monkeypatch.setattr(module, "_steps", lambda *_: dict.fromkeys(module.CANDIDATES))
 

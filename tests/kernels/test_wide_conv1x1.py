@@ -1,0 +1,131 @@
+"""The products of many channels, by the rule: every prologue and epilogue that the block has of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dtpm_fast.kernels.block_compute import _wide
+from dtpm_fast.kernels.device import INTERPRETED
+from dtpm_fast.kernels.dispatch import WIDE, Table, table, using_table
+
+# Of the block's products, what stands before and behind each; the last is the adapter's, without a bias.
+USES = {
+    "conv1": {"adaln", "bias", "doubled"},
+    "conv3": {"attention", "bias", "residual", "factor"},
+    "conv4": {"adaln", "bias", "gate", "doubled"},
+    "conv5": {"bias", "residual", "factor"},
+    "adapter": {"residual"},
+}
+
+
+def random_inputs(use: str, samples: int, channels: int, height: int, width: int, offset: float) -> dict[str, Any]:
+    has = USES[use]
+    outputs = 2 * channels if "doubled" in has else channels
+
+    def some_map(count: int) -> Tensor:
+        return torch.randn(samples, count, height, width).to(memory_format=torch.channels_last)
+
+    shift, scale = torch.randn(samples, 2 * channels).chunk(2, dim=1)  # views, as the runtime's rows are
+    return {
+        "x": some_map(channels) + offset,
+        "weight": torch.randn(outputs, channels, 1, 1) / channels**0.5,
+        "bias": torch.randn(outputs) if "bias" in has else None,
+        "shift": shift if "adaln" in has else None,
+        "scale": scale if "adaln" in has else None,
+        "attention": torch.randn(samples, channels) if "attention" in has else None,
+        "residual": some_map(channels) if "residual" in has else None,
+        "factor": torch.randn(1, channels, 1, 1) if "factor" in has else None,
+    }
+
+
+def call(use: str, inputs: dict[str, Any], kernel: str = "none") -> Tensor:
+    given = dict(inputs)
+    shift, scale = given.pop("shift"), given.pop("scale")
+    return _wide(
+        kernel,
+        given.pop("x"),
+        given.pop("weight"),
+        given.pop("bias"),
+        adaln=None if shift is None else (shift, scale, 1e-6),
+        gate="gate" in USES[use],
+        **given,
+    )
+
+
+def cast(inputs: dict[str, Any], device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """All but the attention, which is float32 beside maps of 16 bits."""
+    wide = torch.promote_types(dtype, torch.float32)
+    kinds = {name: wide if name == "attention" else dtype for name in inputs}
+    return {name: None if value is None else value.to(device, kinds[name]) for name, value in inputs.items()}
+
+
+def eager(use: str, inputs: dict[str, Any]) -> Tensor:
+    """The definition, in the inputs' dtype."""
+    x, dtype = inputs["x"], inputs["x"].dtype
+    if inputs["shift"] is not None:
+        shift, scale = (inputs[name][:, None, None, :] for name in ("shift", "scale"))
+        normal = torch.nn.functional.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-6)
+        x = (normal * (1 + scale) + shift).permute(0, 3, 1, 2)
+    if inputs["attention"] is not None:
+        x = x * inputs["attention"].to(dtype)[:, :, None, None]
+    x = torch.nn.functional.conv2d(x, inputs["weight"], inputs["bias"])
+    if "gate" in USES[use]:
+        a, b = x.chunk(2, dim=1)
+        x = a * b
+    if inputs["factor"] is not None:
+        x = x * inputs["factor"]
+    return x if inputs["residual"] is None else inputs["residual"] + x
+
+
+TILES = {"BLOCK_P": 16, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
+
+
+def entries(options: dict[str, int]) -> Table:
+    return table() | {"wide_adaln_conv1x1": [{"channels": 4096, "bits": b, "options": options} for b in (16, 32)]}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(
+    ("shape", "offset", "options"),
+    [
+        ((2, 144, 3, 7), 0.0, TILES),  # channels that no tile divides, pixels neither
+        ((3, 64, 5, 5), 100.0, TILES | {"BLOCK_P": 32, "BLOCK_N": 64}),
+        ((1, 17, 1, 1), 1.0, TILES),
+    ],
+)
+def test_triton_by_the_rule(
+    device: str,
+    dtype: torch.dtype,
+    use: str,
+    shape: tuple[int, int, int, int],
+    offset: float,
+    options: dict[str, int],
+    assert_as_exact_as_eager: Callable[..., None],
+) -> None:
+    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        inputs = cast(random_inputs(use, *shape, offset), device, dtype)
+        with using_table(entries(options)):
+            ours = call(use, inputs, "wide_adaln_conv1x1")
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        return [ours], [eager(use, inputs)], [eager(use, cast(inputs, device, torch.float64))]
+
+    assert_as_exact_as_eager(draw, ["out"])
+
+
+@pytest.mark.parametrize("use", USES)
+def test_without_the_kernel_it_is_the_definition(use: str) -> None:
+    inputs = cast(random_inputs(use, 2, 12, 3, 5, 1.0), "cpu", torch.float64)
+    torch.testing.assert_close(call(use, inputs), eager(use, inputs))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="reads the recorded table alone")
+def test_the_recorded_table_has_them_where_rows_of_channels_are_too_long() -> None:
+    from dtpm_fast.kernels.dispatch import options_of
+
+    for kernel, narrow in WIDE.items():
+        for channels in (48, 64, 128, 256, 512, 1024):
+            found = [bool(options_of(name, channels, torch.bfloat16)) for name in (narrow, kernel)]
+            assert any(found), (kernel, channels)
