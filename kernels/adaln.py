@@ -55,13 +55,17 @@ def compute_adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor
     return adaln_ref(x, shift, scale, eps).contiguous(memory_format=layout_of(x))
 
 
-def compute_adaln_backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, in its dtype and layout, and of shift and scale, (B, C), in a wider dtype."""
+def compute_adaln_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (plus `residual`), in its dtype and layout, and of shift and scale, (B, C), in a wider dtype."""
     if runs_triton(x):
         from dtpm_fast.kernels.adaln_triton import adaln_backward
 
-        return adaln_backward(grad.contiguous(memory_format=layout_of(x)), x, scale, eps)
+        return adaln_backward(grad.contiguous(memory_format=layout_of(x)), x, scale, eps, residual)
     grad_x, grad_shift, grad_scale = adaln_backward_ref(grad, x, scale, eps)
+    if residual is not None:
+        grad_x = residual + grad_x
     return grad_x.to(x.dtype).contiguous(memory_format=layout_of(x)), grad_shift, grad_scale
 
 

@@ -24,17 +24,19 @@ def adaln_forward(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps
 
 
 def adaln_backward(
-    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, eps: float
+    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x (its dtype), shift and scale (float32); `grad` is in `x`'s layout. Bit-equal in every run."""
+    """Gradients of x (its dtype; plus `residual`), shift and scale; `grad` and `residual` are laid out as `x`.
+    Bit-equal in every run."""
     samples, channels, height, width = x.shape
     grad_x = torch.empty_like(x, memory_format=layout_of(x))
     options = launch_options(channels, is_channels_last(x))
     programs = programs_per_sample(triton.cdiv(height * width, options["BLOCK_P"]), samples)
     partials = torch.empty((2, samples, programs, channels), device=x.device, dtype=torch.float32)
     adaln_backward_kernel[(programs, samples)](
-        grad, x, scale, grad_x, partials[0], partials[1], scale.stride(0), height * width, eps,
-        CHANNELS=channels, CHANNELS_LAST=is_channels_last(x), **options, **COMPILER,
+        grad, x, x if residual is None else residual, scale, grad_x, partials[0], partials[1],
+        scale.stride(0), height * width, eps, CHANNELS=channels, CHANNELS_LAST=is_channels_last(x),
+        RESIDUAL=residual is not None, **options, **COMPILER,
     )  # fmt: skip
     return grad_x, add_partials(partials[0]), add_partials(partials[1])
 
@@ -99,8 +101,9 @@ def adaln_forward_kernel(
 
 @triton.jit
 def adaln_backward_kernel(
-    grad_ptr, x_ptr, scale_ptr, grad_x_ptr, grad_shift_ptr, grad_scale_ptr, scale_stride, pixels, eps,
+    grad_ptr, x_ptr, residual_ptr, scale_ptr, grad_x_ptr, grad_shift_ptr, grad_scale_ptr, scale_stride, pixels, eps,
     CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """A program walks over tiles of one sample and writes its own sums of shift's and scale's gradients."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -120,6 +123,8 @@ def adaln_backward_kernel(
         grad_shift += sum_pixels(grad)
         grad_scale += sum_pixels(grad * normal)
         grad_x = normalise_backward(grad * (1.0 + scale), normal, rstd, CHANNELS)
+        if RESIDUAL:
+            grad_x += tl.load(residual_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(grad_x_ptr + start + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
     at = (sample * programs + program) * CHANNELS + c
     tl.store(grad_shift_ptr + at, grad_shift, mask=in_c)

@@ -276,19 +276,21 @@ def _ffn_backward(
             *others,
             *_scaled_conv_backward(product, total, weights.conv5_weight, weights.conv5_bias, weights.gamma),
         )
-    h = compute_adaln(y, modulation.shift2, modulation.scale2, eps)
-    h4 = _conv1x1(h, weights.conv4_weight, weights.conv4_bias)
-    grad_out = grad * weights.gamma.to(grad.dtype)
-    grad_h4 = compute_simple_gate_backward(_conv1x1_input(grad_out, weights.conv5_weight), h4)
+    adaln = modulation.shift2, modulation.scale2, eps
+    h4 = _wide("wide_adaln_conv1x1", y, weights.conv4_weight, weights.conv4_bias, adaln=adaln)
+    grad_q = _conv1x1_input(grad, _scaled_rows(weights.conv5_weight, weights.gamma))
+    grad_h4 = compute_simple_gate_backward(grad_q, h4)
     grad_h = _conv1x1_input(grad_h4, weights.conv4_weight)
-    grad_y, shift, scale = compute_adaln_backward(grad_h, y, modulation.scale2, eps)
+    found = compute_adaln_backward(grad_h, y, modulation.scale2, eps, residual=grad)
     if frozen:
-        return grad + grad_y, shift, scale
-    q = compute_simple_gate(h4)
-    gamma = _sums(_conv1x1(q, weights.conv5_weight, weights.conv5_bias), grad).sum(0)
-    conv5, conv5_bias = _conv1x1_weight(grad_out, q), _sums(grad_out).sum(0)
-    conv4, conv4_bias = _conv1x1_weight(grad_h4, h), _sums(grad_h4).sum(0)
-    return grad + grad_y, shift, scale, conv4, conv4_bias, conv5, conv5_bias, gamma
+        return found
+    product, total = _conv1x1_weight(grad, compute_simple_gate(h4)), _sums(grad).sum(0)
+    return (
+        *found,
+        _conv1x1_weight(grad_h4, compute_adaln(y, *adaln)),
+        _sums(grad_h4).sum(0),
+        *_scaled_conv_backward(product, total, weights.conv5_weight, weights.conv5_bias, weights.gamma),
+    )
 
 
 def _conv3_backward(
@@ -311,14 +313,18 @@ def _conv3_backward(
             grad_attention,
             *_scaled_conv_backward(product, totals.sum(0), weights.conv3_weight, weights.conv3_bias, weights.beta),
         )
-    grad_out = grad * weights.beta.to(grad.dtype)
-    grad_input = _conv1x1_input(grad_out, weights.conv3_weight)
+    grad_input = _conv1x1_input(grad, _scaled_rows(weights.conv3_weight, weights.beta))
+    grad_attention = _sums(grad_input, g)
     if frozen:
-        return grad_input, _sums(grad_input, g)
-    scaled = compute_scaling(g, attention)
-    beta = _sums(_conv1x1(scaled, weights.conv3_weight, weights.conv3_bias), grad).sum(0)
-    conv3, conv3_bias = _conv1x1_weight(grad_out, scaled), _sums(grad_out).sum(0)
-    return grad_input, _sums(grad_input, g), conv3, conv3_bias, beta
+        return grad_input, grad_attention
+    product, total = _conv1x1_weight(grad, compute_scaling(g, attention)), _sums(grad).sum(0)
+    conv3_and_beta = _scaled_conv_backward(product, total, weights.conv3_weight, weights.conv3_bias, weights.beta)
+    return grad_input, grad_attention, *conv3_and_beta
+
+
+def _scaled_rows(weight: Tensor, scale: Tensor) -> Tensor:
+    """diag(s)·W: what `s · conv1x1(q)` multiplies by, so that a gradient need not be scaled before it."""
+    return weight.flatten(1) * scale.to(weight.dtype).reshape(-1, 1)
 
 
 def _scaled_conv_backward(
@@ -382,8 +388,7 @@ def _adaln_conv1x1_backward(
 
         return adaln_conv1x1_backward(grad, residual, x, shift, scale, weights.conv1_weight, eps, frozen, options)
     grad_h = _conv1x1_input(grad, weights.conv1_weight)
-    grad_x, grad_shift, grad_scale = compute_adaln_backward(grad_h, x, scale, eps)
+    found = compute_adaln_backward(grad_h, x, scale, eps, residual)
     if frozen:
-        return residual + grad_x, grad_shift, grad_scale
-    conv1, conv1_bias = _conv1x1_weight(grad, compute_adaln(x, shift, scale, eps)), _sums(grad).sum(0)
-    return residual + grad_x, grad_shift, grad_scale, conv1, conv1_bias
+        return found
+    return *found, _conv1x1_weight(grad, compute_adaln(x, shift, scale, eps)), _sums(grad).sum(0)

@@ -127,8 +127,9 @@ def _stand_alone(channels: int, dtype: torch.dtype) -> Iterator[Case]:
     for channels_last in (True, False):
         layout = {"CHANNELS": channels, "CHANNELS_LAST": channels_last}
         options = adaln_triton.launch_options(channels, channels_last)
-        for kernel in (adaln_triton.adaln_forward_kernel, adaln_triton.adaln_backward_kernel):
-            yield Case(kernel, channels, dtype, layout, options)
+        yield Case(adaln_triton.adaln_forward_kernel, channels, dtype, {**layout}, options)
+        residual = {**layout, "RESIDUAL": channels_last}  # the block's is channels_last
+        yield Case(adaln_triton.adaln_backward_kernel, channels, dtype, residual, options)
         options = channel_attention_triton.launch_options(channels)
         product, offset = layout | {"PRODUCT": True}, layout | {"OFFSET": True}
         yield Case(channel_attention_triton.channel_sums_kernel, channels, dtype, product, options)
