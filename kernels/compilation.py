@@ -34,7 +34,7 @@ from dtpm_fast.kernels import (
     wide_conv1x1_triton,
 )
 from dtpm_fast.kernels.adaln_conv1x1_triton import block_of
-from dtpm_fast.kernels.dispatch import Options, options_of
+from dtpm_fast.kernels.dispatch import WIDE, Options, options_of
 from dtpm_fast.kernels.document import write_table
 from dtpm_fast.kernels.tiles import COMPILER
 
@@ -180,6 +180,10 @@ def _fused(channels: int, dtype: torch.dtype) -> Iterator[Case]:
             yield Case(kernel, channels, dtype, constants, options)
             if "ROWS" in options and channels == CHANNELS[-1]:  # as short as small maps make them
                 yield Case(kernel, channels, dtype, constants, options | {"ROWS": 2})
+            if name in WIDE and channels == CHANNELS[-1]:  # as small as small maps make them, which have so many pixels
+                for pixels in (1024, 1):
+                    _, smaller = wide_conv1x1_triton.launch(1, pixels, constants["OUTPUTS"], options)
+                    yield Case(kernel, channels, dtype, constants, smaller)
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

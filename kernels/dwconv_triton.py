@@ -11,11 +11,7 @@ import triton
 import triton.language as tl
 
 from dtpm_fast.kernels.dispatch import Options
-from dtpm_fast.kernels.tiles import COMPILER, add_partials, empty_map, sum_pixels
-
-# Of a launch, where a map has enough rows: the multiprocessors of an H100. One number for all GPUs, so that sums keep
-# their order.
-FEWEST_PROGRAMS = 132
+from dtpm_fast.kernels.tiles import COMPILER, FEWEST_PROGRAMS, add_partials, empty_map, sum_pixels
 
 
 def dwconv_gate_pool_forward(

@@ -10,6 +10,10 @@ from dtpm_fast.kernels.device import INTERPRETED
 # Of every launch. Products and sums contract into one instruction: Triton asks for a choice, and its default changes.
 COMPILER = {"enable_fp_fusion": True}
 
+# Of a launch, where a map is large enough for them: the multiprocessors of an H100. One number for all GPUs, so that
+# sums keep their order.
+FEWEST_PROGRAMS = 132
+
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 

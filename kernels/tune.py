@@ -45,9 +45,11 @@ _TILES = [
     for pixels, warps, stages in itertools.product((16, 32, 64, 128), (2, 4, 8), (1, 2, 3))
 ]
 _PRODUCTS = [
-    {"BLOCK_P": pixels, "BLOCK_N": outputs, "BLOCK_K": channels, "num_stages": 3}
-    | {"num_warps": min(pixels * outputs // 1024, 8)}
-    for pixels, outputs, channels in itertools.product((32, 64, 128), (64, 128), (32, 64))
+    {"BLOCK_P": pixels, "BLOCK_N": outputs, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages}
+    for (pixels, outputs), warps, stages in itertools.product(
+        ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256)), (4, 8), (2, 3)
+    )
+    if 32 <= pixels * outputs // (32 * warps) <= 128  # sums of a thread, of which a gate has twice as many
 ]
 _STRIPS = [
     {"GROUPS": groups, "COLUMNS": columns, "BLOCK_C": channels, "ROWS": rows, "num_warps": 4}

@@ -13,7 +13,9 @@ import triton.language as tl
 
 from dtpm_fast.kernels.adaln_triton import load_modulation, load_row
 from dtpm_fast.kernels.dispatch import Options
-from dtpm_fast.kernels.tiles import COMPILER, empty_map
+from dtpm_fast.kernels.tiles import COMPILER, FEWEST_PROGRAMS, empty_map
+
+SMALLEST_P, SMALLEST_N = 32, 64  # tiles that `launch` makes no smaller
 
 
 def wide_conv1x1(
@@ -37,15 +39,30 @@ def wide_conv1x1(
     out = empty_map((samples, outputs, height, width), x)
     shift, scale, eps = adaln or (x, x, 0.0)  # x stands in for what is not read
     strides = (shift.stride(0), scale.stride(0)) if adaln else (0, 0)
-    tiles = triton.cdiv(pixels, options["BLOCK_P"]) * triton.cdiv(outputs, options["BLOCK_N"])
+    grid, options = launch(samples, pixels, outputs, options)
     stand_in = (x if tensor is None else tensor for tensor in (bias, attention, residual, factor))
-    wide_conv1x1_kernel[(tiles, samples)](
+    wide_conv1x1_kernel[grid](
         x, weight, shift, scale, *stand_in, out, *strides, pixels, eps,
         CHANNELS=channels, OUTPUTS=outputs, BIAS=bias is not None, ADALN=adaln is not None,
         ATTENTION=attention is not None, GATE=gate, RESIDUAL=residual is not None, FACTOR=factor is not None,
         **options, **COMPILER,
     )  # fmt: skip
     return out
+
+
+def launch(samples: int, pixels: int, outputs: int, options: Options) -> tuple[tuple[int, int], Options]:
+    """The grid (tiles, samples), and the options: the table's, but with smaller tiles where a small map would leave a
+    good part of a GPU idle."""
+    p, n, warps = (options[name] for name in ("BLOCK_P", "BLOCK_N", "num_warps"))
+    while (tiles := triton.cdiv(pixels, p) * triton.cdiv(outputs, n)) * samples < FEWEST_PROGRAMS * 3 // 4:
+        if n > SMALLEST_N:
+            n //= 2
+        elif p > SMALLEST_P:
+            p //= 2
+        else:
+            break
+        warps = max(warps // 2, min(warps, 4))
+    return (tiles, samples), options | {"BLOCK_P": p, "BLOCK_N": n, "num_warps": warps}
 
 
 @triton.jit

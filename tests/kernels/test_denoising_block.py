@@ -67,6 +67,7 @@ def kernels(request: pytest.FixtureRequest, dtype: torch.dtype, monkeypatch: pyt
         else:
             options = own.get(name, tile if name in FUSED else strip)
             entries[name] = [{"channels": 1024, "bits": bits, "options": options} for bits in (16, 32)]
+    monkeypatch.setattr("dtpm_fast.kernels.wide_conv1x1_triton.FEWEST_PROGRAMS", 1)
     if request.param == "fused":
         monkeypatch.setattr("dtpm_fast.kernels.dwconv_triton.FEWEST_PROGRAMS", 1)
         monkeypatch.setattr("dtpm_fast.kernels.channel_attention_triton.MOST_PROGRAMS", 1)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dtpm_fast.kernels.block_compute import _wide
 from dtpm_fast.kernels.device import INTERPRETED
-from dtpm_fast.kernels.dispatch import WIDE, Table, table, using_table
+from dtpm_fast.kernels.dispatch import WIDE, Table, options_of, table, using_table
+from dtpm_fast.kernels.wide_conv1x1_triton import launch
 
 # Of the block's products, what stands before and behind each; the last is the adapter's, without a bias.
 USES = {
@@ -103,8 +104,11 @@ def test_triton_by_the_rule(
     shape: tuple[int, int, int, int],
     offset: float,
     options: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
     assert_as_exact_as_eager: Callable[..., None],
 ) -> None:
+    monkeypatch.setattr("dtpm_fast.kernels.wide_conv1x1_triton.FEWEST_PROGRAMS", 1)
+
     def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         inputs = cast(random_inputs(use, *shape, offset), device, dtype)
         with using_table(entries(options)):
@@ -121,10 +125,28 @@ def test_without_the_kernel_it_is_the_definition(use: str) -> None:
     torch.testing.assert_close(call(use, inputs), eager(use, inputs))
 
 
+@pytest.mark.parametrize(
+    ("samples", "pixels", "outputs", "tile"),
+    [
+        (8, 256 * 256, 512, (128, 128, 8)),
+        (1, 32 * 32, 1024, (128, 64, 4)),  # 128 programs fill an H100 well enough
+        (1, 32 * 32, 512, (64, 64, 4)),
+        (1, 16 * 16, 1024, (32, 64, 4)),
+        (1, 1, 16, (32, 64, 4)),
+    ],
+)
+def test_tiles_are_small_where_a_map_is_small(
+    samples: int, pixels: int, outputs: int, tile: tuple[int, int, int]
+) -> None:
+    options = {"BLOCK_P": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    grid, used = launch(samples, pixels, outputs, options)
+    assert (used["BLOCK_P"], used["BLOCK_N"], used["num_warps"]) == tile
+    assert used.keys() == options.keys()
+    assert grid == (-(-pixels // tile[0]) * -(-outputs // tile[1]), samples)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="reads the recorded table alone")
 def test_the_recorded_table_has_them_where_rows_of_channels_are_too_long() -> None:
-    from dtpm_fast.kernels.dispatch import options_of
-
     for kernel, narrow in WIDE.items():
         for channels in (48, 64, 128, 256, 512, 1024):
             found = [bool(options_of(name, channels, torch.bfloat16)) for name in (narrow, kernel)]
