@@ -176,6 +176,9 @@ def _attention_ffn(
     eps: float,
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    conv3 = weights.conv3_weight, weights.conv3_bias
+    conv4 = weights.conv4_weight, weights.conv4_bias
+    conv5 = weights.conv5_weight, weights.conv5_bias
     options = _fused("attention_ffn_forward", x)
     if options is not None:
         from dtpm_fast.kernels.attention_ffn_triton import attention_ffn_forward
@@ -184,22 +187,17 @@ def _attention_ffn(
             g,
             attention,
             x,
-            (weights.conv3_weight, weights.conv3_bias),
+            conv3,
             weights.beta,
             (modulation.shift2, modulation.scale2),
-            (weights.conv4_weight, weights.conv4_bias),
-            (weights.conv5_weight, weights.conv5_bias),
+            conv4,
+            conv5,
             weights.gamma,
             adapter,
             eps,
             save,
             options,
         )
-    conv3, conv4, conv5 = (
-        (weights.conv3_weight, weights.conv3_bias),
-        (weights.conv4_weight, weights.conv4_bias),
-        (weights.conv5_weight, weights.conv5_bias),
-    )
     y = _wide("wide_attention_conv1x1_residual", g, *conv3, attention=attention, residual=x, factor=weights.beta)
     adaln = modulation.shift2, modulation.scale2, eps
     h = _wide("wide_adaln_conv1x1_gate", y, *conv4, adaln=adaln, gate=True)
