@@ -56,7 +56,8 @@ def kernels(request: pytest.FixtureRequest, dtype: torch.dtype, monkeypatch: pyt
     if request.param != "fused" and dtype == torch.float32:
         pytest.skip("in float32 the recorded table fuses what it must, whose algebra is checked in float64")
     strip, tile = {"GROUPS": 4, "COLUMNS": 2, "BLOCK_C": 64, "ROWS": 8}, {"BLOCK_P": 32}
-    own = {name: {"BLOCK_P": 16, "BLOCK_N": 32, "BLOCK_K": 32} for name in WIDE} | {FUSED[0]: tile | {"BLOCK_N": 32}}
+    product = {"BLOCK_P": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4}
+    own = dict.fromkeys(WIDE, product) | {FUSED[0]: tile | {"BLOCK_N": 32}}
     wanted = {"fused": FUSED, "wide": WIDE, "parts": ()}
     entries: Table = {}
     for name, entry in recorded.items():
