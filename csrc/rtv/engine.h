@@ -28,8 +28,7 @@ public:
           options(parameters), team(team), progress(size_t(bands)), by_caller(size_t(bands)), partial(4 * size_t(bands) * C) {
         const size_t plane = (size_t(bands) * steps + 2) * V;  // a guard step on either side
         const size_t total = 4 * C * plane + 3 * plane + (6 + size_t(bands)) * C * row;
-        memory.reset(static_cast<Real*>(std::aligned_alloc(64, (total * sizeof(Real) + 63) / 64 * 64)));
-        if (!memory) throw std::bad_alloc();
+        memory.reset(static_cast<Real*>(allocate(total * sizeof(Real))));
         std::memset(static_cast<void*>(memory.get()), 0, total * sizeof(Real));
         Real* next = memory.get();
         for (Real** field : {&b, &x, &z, &d}) *field = next + C * V, next += C * plane;
