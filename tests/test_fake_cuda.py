@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
+from dtpm_fast.kernels import tune
 from dtpm_fast.kernels.block_compute import BlockWeights, Modulation, block_backward, block_forward
 from dtpm_fast.kernels.device import INTERPRETED
-from dtpm_fast.kernels.dispatch import WIDE, table, using_table
+from dtpm_fast.kernels.dispatch import ALWAYS, WIDE, table, using_table
 from dtpm_fast.model.block import use_kernels
 from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.sampler import Steps, make_steps
@@ -198,6 +199,24 @@ def test_a_block_whose_products_are_cublas_launches_nothing_for_numbers_of_a_cha
     assert len(products) == 5, others.names
     assert sorted(set(others.names) - set(products)) == ["aten.add.Tensor", "aten.addcmul"]
     assert len(others.names) == 5 + 3
+
+
+@pytest.mark.parametrize("channels", [64, 512])
+@torch.no_grad()
+def test_what_the_tuner_times_is_its_kernel_or_the_form_without(
+    fake: FakeTensorMode, kernels: list[str], channels: int
+) -> None:
+    with fake:
+        steps = tune._steps(channels, torch.bfloat16)
+        for job in tune.jobs_of((channels,), (16,)):
+            name = "wide_conv1x1_kernel" if job.kernel in WIDE else f"{job.kernel}_kernel"
+            forms = [*tune.candidates(job)[:1], *([] if job.kernel in ALWAYS else [None])]
+            for options in forms:
+                kernels.clear()
+                with tune._alone(job.kernel, options), Launches() as others:
+                    steps[job.kernel]()
+                assert (name in kernels) == (options is not None), job
+                assert kernels or others.names, job
 
 
 @pytest.mark.parametrize("channels", [64, 512])
