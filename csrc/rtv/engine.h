@@ -349,7 +349,7 @@ private:
         Step step;
         for (int c = 0; c < C; ++c) step.frozen[c] = !(bb[c] > 0);
         while (step.count < most_iterations && !std::all_of(step.frozen, step.frozen + C, [](bool f) { return f; })) {
-            iterate(step, rr);
+            team.the_faster_way([&] { iterate(step, rr); });
             unpreconditioned(norm);
             for (int c = 0; c < C; ++c) {
                 if (step.frozen[c]) continue;
