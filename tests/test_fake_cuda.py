@@ -153,29 +153,30 @@ def inputs(channels: int) -> tuple[Tensor, Modulation, BlockWeights, tuple[Tenso
     return x, modulation, BlockWeights(*weights), (empty(c, c), bias_map)
 
 
-@torch.no_grad()
-def test_a_fused_block_is_four_launches(fake: FakeTensorMode, kernels: list[str]) -> None:
-    with fake:
-        x, modulation, weights, adapter = inputs(64)
-        with Launches() as others:
-            block_forward(x, modulation, weights, adapter, 1e-6, save=False)
-    assert kernels == [
-        "adaln_conv1x1_forward_kernel",
-        "dwconv_gate_pool_forward_kernel",
-        "attention_kernel",
-        "attention_ffn_forward_kernel",
-    ]
-    assert others.names == []
+WIDE_BLOCK = [
+    "wide_conv1x1_kernel",
+    "dwconv_gate_pool_forward_kernel",
+    "attention_kernel",
+    *4 * ["wide_conv1x1_kernel"],
+]
+FUSED_BLOCK = [
+    "adaln_conv1x1_forward_kernel",
+    "dwconv_gate_pool_forward_kernel",
+    "attention_kernel",
+    "attention_ffn_forward_kernel",
+]
 
 
+@pytest.mark.parametrize(("channels", "launches"), [(64, FUSED_BLOCK), (512, WIDE_BLOCK)])
 @torch.no_grad()
-def test_a_block_of_many_channels_is_seven_launches(fake: FakeTensorMode, kernels: list[str]) -> None:
+def test_a_block_is_four_launches_and_seven_of_many_channels(
+    fake: FakeTensorMode, kernels: list[str], channels: int, launches: list[str]
+) -> None:
     with fake:
-        x, modulation, weights, adapter = inputs(512)
+        x, modulation, weights, adapter = inputs(channels)
         with Launches() as others:
             block_forward(x, modulation, weights, adapter, 1e-6, save=False)
-    first = ["wide_conv1x1_kernel", "dwconv_gate_pool_forward_kernel", "attention_kernel"]
-    assert kernels == first + 4 * ["wide_conv1x1_kernel"]
+    assert kernels == launches
     assert others.names == []
 
 

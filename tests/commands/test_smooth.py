@@ -225,7 +225,7 @@ def test_killed_three_times_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert len(list((out / "smooth").iterdir())) == 200
 
 
-@pytest.mark.skipif(RAY, reason="Ray is installed")
+@pytest.mark.skipif(RAY, reason="Ray is installed, so nothing asks to install it")
 def test_a_cluster_without_ray_says_what_to_install(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

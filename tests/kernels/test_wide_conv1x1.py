@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dtpm_fast.kernels.block_compute import _wide
-from dtpm_fast.kernels.device import INTERPRETED
 from dtpm_fast.kernels.dispatch import WIDE, Table, options_of, table, using_table
 from dtpm_fast.kernels.wide_conv1x1_triton import launch
 
@@ -145,7 +144,6 @@ def test_tiles_are_small_where_a_map_is_small(
     assert grid == (-(-pixels // tile[0]) * -(-outputs // tile[1]), samples)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="reads the recorded table alone")
 def test_the_recorded_table_has_them_where_rows_of_channels_are_too_long() -> None:
     for kernel, narrow in WIDE.items():
         for channels in (48, 64, 128, 256, 512, 1024):

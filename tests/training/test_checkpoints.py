@@ -154,7 +154,7 @@ def test_half_a_state_of_a_killed_process_goes(tmp_path):
 
 def test_a_file_system_without_locks_is_said(tmp_path, caplog, monkeypatch):
     def acquire(lock, timeout):
-        raise NotImplementedError
+        raise NotImplementedError  # as filelock does there
 
     monkeypatch.setattr("dtpm_fast.training.checkpoints.FileLock.acquire", acquire)
     with locked(tmp_path):
