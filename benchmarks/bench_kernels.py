@@ -42,8 +42,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from dtpm_fast.atomic import atomic_path
-from dtpm_fast.commands.run import run as run_command
 from dtpm_fast.errors import UserError
+from dtpm_fast.exit_code import run as run_command
 from dtpm_fast.kernels import BlockWeights, adaln, channel_attention, denoising_block, simple_gate
 from dtpm_fast.kernels.adaln import adaln_ref
 from dtpm_fast.kernels.block import denoising_block_ref

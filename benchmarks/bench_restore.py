@@ -39,11 +39,11 @@ from tqdm import tqdm
 
 import dtpm_fast.model.block
 from dtpm_fast.atomic import atomic_path
-from dtpm_fast.commands.run import run
 from dtpm_fast.config import Config
 from dtpm_fast.device import choose_device
 from dtpm_fast.diffusion import restore
 from dtpm_fast.errors import UserError
+from dtpm_fast.exit_code import run
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.runtime.backends import choose_backend
 from dtpm_fast.runtime.noise import noise_fields

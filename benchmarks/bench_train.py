@@ -25,9 +25,9 @@ import torch
 from tqdm import tqdm
 
 from dtpm_fast.atomic import atomic_path
-from dtpm_fast.commands.run import run as run_command
 from dtpm_fast.config import PRESETS, Config
 from dtpm_fast.device import choose_device
+from dtpm_fast.exit_code import run as run_command
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.training.determinism import determinism
 from dtpm_fast.training.freeze import freeze

@@ -122,8 +122,8 @@ def _distance(eps: Tensor, eps_hat: Tensor, gamma: Tensor, config: DiffusionConf
         a = _wide(gamma).sqrt().clamp_min(1e-10)
         difference = difference * (a**2 * sigma_data**2 + 1 - a**2).sqrt() / (a * sigma_data)
     if config.loss_weighting == "min_snr":
-        # min(SNR, 5) / SNR on a squared epsilon loss (Hang et al. 2023, "Min-SNR", eq. 8), its root on an error. SNR is
-        # gamma / (1 - gamma) for data of unit variance, as theirs.
+        # min(SNR, 5) / SNR on a squared epsilon loss (Hang et al. 2023, "Min-SNR", eq. 8), its root on an absolute one;
+        # SNR = sigma_d^2 gamma / (1 - gamma): theirs, for data whose variance is sigma_d^2.
         inverse = (1 - _wide(gamma)) / (sigma_data**2 * _wide(gamma)).clamp_min(1e-20)
         difference = difference * (5 * inverse).clamp(max=1).sqrt()
     return (difference.abs() if config.loss == "l1" else difference.square()).mean()

@@ -72,7 +72,7 @@ def rtv_smooth(
         >= 1.
     solver: "mic", or "direct", a float64 elimination to check it with on small pictures.
     mode: "exact" solves each system to `tol`; "matlab_pcg" stops where the authors' MATLAB program does (relative
-        residual 0.1 from a zero start, `tol` unused), which differs from exact by up to 16 to 34/255.
+        residual 0.1 from a zero start, `tol` unused), which differs from exact by up to 16 to 42/255.
     tol: relative residual at which a solve ends (or where rounding of the result causes as much, up to 1e-3), a quarter
         of it below 128x128 pixels; the default keeps the largest error below 0.1/255, of photos below 0.02/255.
     device: where a numpy array or a CPU tensor is smoothed: "cpu", "cuda" or "cuda:N". A CUDA tensor is smoothed where

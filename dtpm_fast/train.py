@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dtpm_fast.commands.run import run as run_command
 from dtpm_fast.config import Config
 from dtpm_fast.errors import UserError
+from dtpm_fast.exit_code import run as run_command
 from dtpm_fast.model.dtpm import DTPM, load_semantic_weights
 from dtpm_fast.runtime.shipped import find_prior
 from dtpm_fast.tasks import TASKS, check_task

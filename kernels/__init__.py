@@ -1,4 +1,5 @@
-"""Fused Triton kernels of the denoising block and their plain-PyTorch oracle. Imports torch and triton only."""
+"""Fused Triton kernels of the denoising block and their plain-PyTorch oracle. What computes
+imports torch and triton only; the commands of this folder also use the package."""
 
 from dtpm_fast.kernels.adaln import adaln
 from dtpm_fast.kernels.block import BlockWeights, block_weights, denoising_block

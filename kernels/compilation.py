@@ -21,8 +21,8 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dtpm_fast.commands.run import run
 from dtpm_fast.errors import UserError
+from dtpm_fast.exit_code import run
 from dtpm_fast.kernels import (
     adaln_conv1x1_triton,
     adaln_triton,

@@ -26,8 +26,8 @@ import triton
 from tqdm import tqdm
 
 from dtpm_fast.atomic import atomic_path
-from dtpm_fast.commands.run import run
 from dtpm_fast.errors import UserError
+from dtpm_fast.exit_code import run
 from dtpm_fast.kernels import block_compute
 from dtpm_fast.kernels.block_compute import BlockWeights, Modulation
 from dtpm_fast.kernels.dispatch import ALWAYS, ANY, WIDE, Options, Table, read_table, table, using_table

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from dtpm_fast.atomic import atomic_path
-from dtpm_fast.commands.run import run as run_command
 from dtpm_fast.config import Config
 from dtpm_fast.device import choose_device
 from dtpm_fast.diffusion import restore
 from dtpm_fast.errors import UserError
+from dtpm_fast.exit_code import run as run_command
 from dtpm_fast.metrics.perceptual import ALEXNET, Lpips
 from dtpm_fast.metrics.protocols import PROTOCOLS, default_protocol
 from dtpm_fast.tasks import TASKS, check_task

@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dtpm_fast.atomic import atomic_path
-from dtpm_fast.commands.run import run
 from dtpm_fast.data.crops import PhotoCrops
 from dtpm_fast.device import choose_device
 from dtpm_fast.errors import UserError
+from dtpm_fast.exit_code import run
 from dtpm_fast.model.semantic import (
     SemanticEncoder,
     compact_encoder,

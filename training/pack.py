@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from dtpm_fast.commands.run import run
 from dtpm_fast.errors import UserError
+from dtpm_fast.exit_code import run
 from dtpm_fast.weights_file import Weights, read_weights, save_weights, sha256
 
 EXAMPLE = """examples:

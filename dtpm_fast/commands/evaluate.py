@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from dtpm_fast import __version__
 from dtpm_fast.atomic import atomic_path
-from dtpm_fast.commands.run import run
 from dtpm_fast.commands.tile import add_tile
 from dtpm_fast.data.layouts import SPLITS, find_pairs
+from dtpm_fast.exit_code import run
 from dtpm_fast.tasks import TASKS
 
 if TYPE_CHECKING:  # they import torch: not for --help or a mistyped path

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dtpm_fast.commands.run import run
 from dtpm_fast.errors import UserError
+from dtpm_fast.exit_code import run
 from dtpm_fast.tasks import TASKS
 
 EXAMPLE = """examples:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from dtpm_fast.commands.run import run
 from dtpm_fast.commands.tile import add_tile
 from dtpm_fast.errors import UserError
+from dtpm_fast.exit_code import run
 from dtpm_fast.images import SUFFIXES, list_images, read_image, write_image
 from dtpm_fast.tasks import TASKS
 

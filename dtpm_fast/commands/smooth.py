@@ -15,10 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from dtpm_fast.atomic import atomic_path, short_name
-from dtpm_fast.commands.run import run
 from dtpm_fast.cores import usable_cores
 from dtpm_fast.data.pictures import find_photos
 from dtpm_fast.errors import UserError
+from dtpm_fast.exit_code import run
 from dtpm_fast.images import image_size, read_image
 from dtpm_fast.smoothing import LARGEST_SIGMA, MODES, rtv_smooth
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dtpm_fast.commands.run import run
 from dtpm_fast.data.check import check_folder
 from dtpm_fast.data.crops import SyntheticCrops
 from dtpm_fast.data.layouts import SPLITS, find_pairs
@@ -15,6 +14,7 @@ from dtpm_fast.data.make import make_pairs
 from dtpm_fast.data.pictures import check_pairs
 from dtpm_fast.data.residuals import quantile_table, residual_statistics
 from dtpm_fast.data.sheet import write_sheet
+from dtpm_fast.exit_code import run
 from dtpm_fast.images import read_image
 from dtpm_fast.tasks import TASKS
 

@@ -33,6 +33,7 @@ from dtpm_fast.data.pictures import (
     find_photos,
 )
 from dtpm_fast.errors import UserError
+from dtpm_fast.smoothing import rtv_smooth
 from dtpm_fast.tasks import check_task
 
 Augment = Literal["all", "flip", "none"]
@@ -120,8 +121,6 @@ class SmoothedCrops(Dataset[tuple[Tensor, Tensor]]):
         clean = window.cut(photo)
         if self.smoothed is not None:
             return to_tensor(clean), to_tensor(window.cut(self.cache.read(self.smoothed[choice])))
-        from dtpm_fast.smoothing import rtv_smooth  # here: the other data sets also serve without the compiled module
-
         inside = slice(margin, margin + self.crop)
         smooth = rtv_smooth(clean.astype(np.float32) / 255, threads=1)[inside, inside].transpose(2, 0, 1)
         return to_tensor(clean[inside, inside]), torch.from_numpy(np.ascontiguousarray(smooth)).mul_(2).sub_(1)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dtpm_fast.commands.run import run
+from dtpm_fast.exit_code import run
 
 EXAMPLE = """example:
   python -m dtpm_fast.metrics texture photos/ -o texture.svg --report texture.html --niqe niqe_pris_params.npz"""

@@ -29,8 +29,7 @@ def test_the_table_is_the_papers_ddim(random_model: Callable[..., tuple], steps:
         mine = sample(reference, reference.prepare(y_d), noise.double())
         given = cast(torch.Generator, _Fields(noise[1:]))
         theirs, _ = restore(model, y_d, noise[:1].double(), steps, config.diffusion, given)
-    # `estimate` rounds the network's output to float32, which raw epsilon multiplies by 157.
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4 if "parameterization" in settings else 1e-6)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
 class _Fields:
