@@ -9,14 +9,20 @@ from dtpm_fast.errors import UserError
 
 def run(work: Callable[[], int]) -> int:
     """Call `work`; a `UserError` becomes one line on standard error and exit code 1, Ctrl-C exit code 130. A reader of
-    the output that has gone (`| head`) is exit code 1 without a line."""
+    the output that has gone (`| head`) is exit code 1 without a line; a file or folder that the system refuses is one
+    with its name and the system's reason."""
     try:
         return work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
+    except BrokenPipeError:  # an OSError too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

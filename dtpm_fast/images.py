@@ -116,16 +116,3 @@ def write_image(path: Path | str, rgb: np.ndarray) -> None:
             Image.fromarray(rgb).save(temporary, **options)
         except ValueError as error:
             raise UserError(f"{path}: cannot be stored as {suffix} ({error}); use .png") from error
-
-
-def list_images(folder: Path | str) -> list[Path]:
-    """The pictures directly inside a folder, by name. Raises `UserError` when there is no such folder or no picture."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    found = sorted(
-        p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and not p.is_dir()
-    )
-    if not found:
-        raise UserError(f"{folder}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))})")
-    return found

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from dtpm_fast.errors import UserError
-from dtpm_fast.images import image_size, list_images, read_image, to_rgb8, write_image
+from dtpm_fast.images import image_size, read_image, to_rgb8, write_image
 
 
 @pytest.fixture
@@ -69,16 +69,6 @@ def test_an_unknown_suffix_or_a_failed_write_leaves_nothing(tmp_path, rgb):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         write_image(tmp_path / "file" / "a.png", rgb)
-
-
-def test_list_images(tmp_path, rgb):
-    with pytest.raises(UserError, match="no pictures in it"):
-        list_images(tmp_path)
-    with pytest.raises(UserError, match="no such folder"):
-        list_images(tmp_path / "absent")
-    for name in ("b.png", "a.JPG", ".hidden.png"):
-        write_image(tmp_path / name, rgb)
-    assert [p.name for p in list_images(tmp_path)] == ["a.JPG", "b.png"]
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".tif", ".webp"])

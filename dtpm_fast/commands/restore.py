@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from dtpm_fast.commands.given_path import given_path
 from dtpm_fast.commands.tile import add_tile
+from dtpm_fast.data.pictures import find_photos
 from dtpm_fast.errors import UserError
 from dtpm_fast.exit_code import run
-from dtpm_fast.images import SUFFIXES, list_images, read_image, write_image
+from dtpm_fast.images import SUFFIXES, read_image, write_image
 from dtpm_fast.tasks import TASKS
 
 if TYPE_CHECKING:  # they import torch or much else: not for --help or a mistyped path
@@ -29,9 +32,10 @@ EXAMPLE = """examples:
   dtpm-restore photos/ -o sharp/ --task deblur --weights runs/deblur/weights.safetensors
   dtpm-restore holiday/ -o restored/ --task derain --report restored.html
   dtpm-restore photos/ -o dry/ --weights derain-onnx/
-An output keeps its input's stem and is a PNG, unless one photo goes to a file name of your own. A folder given beside
-other inputs becomes a folder inside OUT. A picture that cannot be restored is named at the end and the exit code is 1;
-the others are done."""
+An output keeps its input's stem and is a PNG, unless one photo goes to a file name of your own; where two of a folder
+share a stem, each keeps its whole name (a.jpg.png). Folders are searched to the bottom and keep their shape; one given
+beside other inputs becomes a folder inside OUT. A picture that cannot be restored is named at the end and the exit code
+is 1; the others are done."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="a photo, or a folder of photos")
-    parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="folder, or file for one photo")
+    parser.add_argument("inputs", nargs="+", type=given_path, metavar="INPUT", help="a photo, or a folder of photos")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder, or file for one photo")
+    parser.add_argument("--skip-existing", action="store_true", help="leave out what has a result: go on with a folder")
     parser.add_argument("--task", choices=tuple(TASKS), help="what the photos suffer from; an export knows its own")
     parser.add_argument("--steps", type=int, metavar="S", help="steps of the sampler (default: 4, or an export's own)")
     parser.add_argument(
@@ -74,12 +79,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--report {options.report}: is a folder, give a file name")
     if options.report is not None and options.report.suffix.lower() not in (".html", ".htm"):
         parser.error(f"--report {options.report}: is an HTML page, give a name that ends in .html")
+    if not options.output:
+        parser.error("-o: is empty; an unset variable?")
     command = shlex.join(["dtpm-restore", *(sys.argv[1:] if arguments is None else arguments)])
     return run(lambda: _restore(options, command))
 
 
 def _restore(options: argparse.Namespace, command: str) -> int:
-    jobs = plan_outputs(options.inputs, options.output)
+    given = options.output
+    jobs = plan_outputs(options.inputs, Path(given), folder=given.endswith(os.sep))
+    if options.skip_existing:
+        planned, jobs = len(jobs), [job for job in jobs if not job[1].exists()]
+        print(f"{planned - len(jobs)} of {planned} have a result already", file=sys.stderr)
+        if not jobs:
+            return 0
     logging.basicConfig(format="%(message)s")  # to standard error
     logging.getLogger("dtpm_fast").setLevel(logging.INFO)
     from dtpm_fast.runtime.restorer import Restorer  # imports torch: not for --help or a mistyped path
@@ -96,13 +109,15 @@ def _restore(options: argparse.Namespace, command: str) -> int:
         sampler=options.sampler,
     )
     failures: list[str] = []
-    if options.report is None:
-        for _ in _restored(jobs, restorer, set(), failures):
-            pass
-    else:
-        _write_report(options, jobs, restorer, failures, command)
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
+    try:
+        if options.report is None:
+            for _ in _restored(jobs, restorer, set(), failures):
+                pass
+        else:
+            _write_report(options, jobs, restorer, failures, command)
+    finally:  # also after Ctrl-C
+        for failure in failures:
+            print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -150,11 +165,13 @@ def _write_report(
         write_report(itertools.chain([first], cases), options.report, title=title, about=about)
 
 
-def plan_outputs(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
-    """Every input picture and where its result goes. Raises `UserError` for a missing input, a folder without pictures,
-    an output that is no place for them, two results of one name, and a result that would replace its input."""
+def plan_outputs(inputs: Sequence[Path], output: Path, folder: bool = False) -> list[tuple[Path, Path]]:
+    """Every input picture and where its result goes; `folder`: the output is one, whatever its name. Raises
+    `UserError` for a missing input, a folder without pictures, an output that is no place for them, two results of one
+    name, and a result that would replace its input."""
     jobs: list[tuple[Path, Path]] = []
-    if len(inputs) == 1 and not inputs[0].is_dir() and not output.is_dir() and output.suffix:
+    folder = folder or output.is_dir() or not output.suffix
+    if len(inputs) == 1 and not inputs[0].is_dir() and not folder:
         if output.suffix.lower() not in SUFFIXES:
             raise UserError(
                 f"{output}: unknown picture format {output.suffix!r}; use one of {', '.join(sorted(SUFFIXES))}, "
@@ -164,8 +181,8 @@ def plan_outputs(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]
     else:
         for given in inputs:
             if given.is_dir():  # what is broken in a folder is named at the end
-                folder = output if len(inputs) == 1 else output / given.resolve().name
-                jobs += [(picture, folder / f"{picture.stem}.png") for picture in list_images(given)]
+                top = output if len(inputs) == 1 else output / Path(os.path.realpath(given)).name
+                jobs += _mirrored(given, top, output)
             else:
                 jobs.append((given, output / f"{given.stem}.png"))
     for given in inputs:
@@ -175,9 +192,25 @@ def plan_outputs(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]
     return jobs
 
 
+def _mirrored(given: Path, top: Path, output: Path) -> list[tuple[Path, Path]]:
+    """The photos of a folder and their places below `top`. What lies in an output inside of the folder is a result."""
+    results = Path(os.path.realpath(output))
+    if results == Path(os.path.realpath(given)):  # a rerun would take its results for photos
+        raise UserError(f"{output}: is the input itself; choose another folder, which may lie inside it")
+    photos = [photo for photo in find_photos(given) if results not in Path(os.path.realpath(photo)).parents]
+    if not photos:
+        raise UserError(f"{given}: no pictures in it but results of an earlier run")
+    places = [top / photo.relative_to(given) for photo in photos]
+    shared = Counter(place.with_suffix("") for place in places)
+    return [
+        (photo, place.with_name(f"{place.name if shared[place.with_suffix('')] > 1 else place.stem}.png"))
+        for photo, place in zip(photos, places, strict=True)
+    ]
+
+
 def _check_jobs(jobs: list[tuple[Path, Path]]) -> None:
-    sources = {source.resolve(): source for source, _ in jobs}
-    taken: dict[Path, Path] = {}
+    sources = {os.path.realpath(source): source for source, _ in jobs}  # Path.resolve raises for a link to itself
+    taken: dict[str, Path] = {}
     for source, target in jobs:
         for part in target.parents:
             if part.exists() and not part.is_dir():
@@ -185,7 +218,7 @@ def _check_jobs(jobs: list[tuple[Path, Path]]) -> None:
         there = next(part for part in target.absolute().parents if part.exists())
         if not os.access(there, os.W_OK):
             raise UserError(f"{target}: cannot be written, {there} is not yours to write in; choose another output")
-        place = target.resolve()
+        place = os.path.realpath(target)
         if place in sources:
             result = "the result" if sources[place] == source else f"the result of {source}"
             raise UserError(f"{sources[place]}: {result} would replace it; choose another output")

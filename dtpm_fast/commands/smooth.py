@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -194,14 +195,14 @@ def _on_cluster(jobs: list[Job], address: str) -> Iterator[tuple[int, str | None
 def _sources(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
     """Every photo, and its place below the output, without suffix. What lies in an output inside an input is a result
     of an earlier run."""
-    results = output.resolve()
+    results = Path(os.path.realpath(output))  # Path.resolve raises for a link to itself
     found: list[tuple[Path, Path]] = []
     for given in inputs:
         if given.is_dir():
-            below = Path() if len(inputs) == 1 else Path(given.resolve().name)
-            if results == given.resolve():  # a rerun would take its results for photos
+            below = Path() if len(inputs) == 1 else Path(Path(os.path.realpath(given)).name)
+            if results == Path(os.path.realpath(given)):  # a rerun would take its results for photos
                 raise UserError(f"{output}: is the input itself; choose another folder, which may lie inside it")
-            photos = [p for p in find_photos(given) if results not in p.resolve().parents]
+            photos = [p for p in find_photos(given) if results not in Path(os.path.realpath(p)).parents]
             if not photos:
                 raise UserError(f"{given}: no pictures in it but results of an earlier run")
             found += [(photo, (below / photo.relative_to(given)).with_suffix("")) for photo in photos]
@@ -212,7 +213,9 @@ def _sources(inputs: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
     taken: dict[Path, Path] = {}
     for source, place in found:
         if place in taken:
-            raise UserError(f"{taken[place]} and {source}: their results would have one name; smooth them apart")
+            raise UserError(
+                f"{taken[place]} and {source}: their results would have one name; rename one, or move it elsewhere"
+            )
         taken[place] = source
     return found
 
@@ -230,7 +233,7 @@ def _plan(
     for source, place in sources:
         if not options.crop:
             target = output / f"{place}.png"
-            if target.resolve() == source.resolve():
+            if os.path.realpath(target) == os.path.realpath(source):
                 raise UserError(f"{source}: the result would replace it; choose another folder")
             if target.exists():
                 done += 1
@@ -268,21 +271,22 @@ def _claim(output: Path, settings: dict[str, Any], done: int) -> None:
     """Results of other settings must not mix: the first run leaves its own in the folder, later ones compare. `done`
     results are there already."""
     path = output / SETTINGS_FILE
-    if not path.exists():
-        if done:
-            raise UserError(
-                f"{output}: holds {done} pictures under the names of results, and no {path.name} that says they are "
-                f"ours; choose another folder"
-            )
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1) + "\n")
-        return
-    try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable ({error}); remove the folder or choose another one") from error
-    if before != settings:
-        raise UserError(f"{output}: holds results of other settings ({path.name}); choose another folder")
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not readable ({error}); remove the folder or choose another one") from error
+        if before == settings:
+            return
+        if any(found.is_file() and found != path for found in output.rglob("*")):
+            raise UserError(f"{output}: holds results of other settings ({path.name}); choose another folder")
+    elif done:
+        raise UserError(
+            f"{output}: holds {done} pictures under the names of results, and no {path.name} that says they are "
+            f"ours; choose another folder"
+        )
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1) + "\n")
 
 
 class Leftovers:

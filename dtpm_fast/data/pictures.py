@@ -17,11 +17,14 @@ DEFAULT_CACHE_BYTES = 2 * 2**30
 
 def find_photos(folder: Path | str) -> list[Path]:
     """Every picture inside a folder, its subfolders and links to folders included, sorted by path; hidden names are
-    left out. Raises `UserError` when there is no such folder or no picture in it."""
+    left out, and so is what is no file (a pipe); a link that leads nowhere is not, so that it will be named. Raises
+    `UserError` when there is no such folder or no picture in it."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = sorted(path for path in _files(folder) if path.suffix.lower() in SUFFIXES)
+    found = sorted(
+        path for path in _files(folder) if path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists())
+    )
     if not found:
         raise UserError(f"{folder}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))})")
     return found

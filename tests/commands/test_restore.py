@@ -13,6 +13,7 @@ from PIL import Image
 
 from dtpm_fast.commands.restore import main, plan_outputs
 from dtpm_fast.errors import UserError
+from dtpm_fast.images import write_image
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.runtime.shipped import locate
 
@@ -163,6 +164,58 @@ def test_outputs_keep_the_stem(tmp_path: Path) -> None:
     assert plan_outputs([alone], tmp_path / "folder.d") == [(alone, tmp_path / "folder.d" / "z.png")]
 
 
+def test_a_folder_keeps_its_shape_and_photos_of_one_stem_their_names(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "in" / "restored"
+    (folder / "day two").mkdir(parents=True)
+    out.mkdir()
+    for name in ("x.jpg", "x.png", "day two/x.jpg", "restored/old.png"):
+        Image.new("RGB", (2, 2)).save(folder / name)
+    assert plan_outputs([folder], out) == [
+        (folder / "day two" / "x.jpg", out / "day two" / "x.png"),
+        (folder / "x.jpg", out / "x.jpg.png"),
+        (folder / "x.png", out / "x.png.png"),
+    ]
+
+
+def test_a_trailing_slash_makes_a_folder(tmp_path: Path, weights: str) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "x.jpg")
+    given = [str(tmp_path / "x.jpg"), "-o", f"{tmp_path / 'results.v2'}{os.sep}"]
+    assert main([*given, "--task", "derain", "--weights", weights, "--device", "cpu"]) == 0
+    assert (tmp_path / "results.v2" / "x.png").is_file()
+
+
+def test_an_empty_path_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for given in (["", "-o", "out"], ["photo.jpg", "-o", ""]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*given, "--task", "derain"])
+        assert "is empty; an unset variable?" in capsys.readouterr().err
+
+
+def test_a_second_run_goes_on_where_the_first_stopped(
+    tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (2, 2)).save(folder / name)
+    given = [str(folder), "-o", str(out), "--task", "derain", "--weights", weights, "--device", "cpu"]
+
+    def full(path: Path, rgb: np.ndarray) -> None:
+        if path.name != "a.png":
+            raise UserError(f"{path}: no space left")
+        write_image(path, rgb)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dtpm_fast.commands.restore.write_image", full)
+        assert main(given) == 1
+    assert "c.png: no space left" in capsys.readouterr().err
+    before = (out / "a.png").stat().st_mtime_ns
+    assert main([*given, "--skip-existing"]) == 0
+    assert "1 of 3 have a result already" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png", "c.png"]
+    assert (out / "a.png").stat().st_mtime_ns == before
+
+
 def test_unusable_arguments_end_before_any_work(tmp_path: Path, weights: str) -> None:
     picture = tmp_path / "z.jpg"
     Image.new("RGB", (2, 2)).save(picture)
@@ -176,7 +229,8 @@ def test_unusable_arguments_end_before_any_work(tmp_path: Path, weights: str) ->
         ([tmp_path / "z.png"], tmp_path, "the result would replace it"),
         ([picture, tmp_path / "z.png"], tmp_path / "out", "both would be written to"),
         ([picture, tmp_path / "z.png"], picture, "is a file; -o needs a folder"),
-        ([picture, tmp_path], tmp_path, r"z\.png: the result of .*z\.jpg would replace it"),
+        ([picture, tmp_path], tmp_path, "is the input itself"),
+        ([picture, tmp_path / "z.png"], tmp_path, r"z\.png: the result of .*z\.jpg would replace it"),
     ):
         with pytest.raises(UserError, match=message):
             plan_outputs(inputs, output)
@@ -193,9 +247,12 @@ def test_what_is_broken_in_a_folder_is_named_at_the_end(
     (folder / "no picture.png").mkdir(parents=True)
     Image.new("RGB", (2, 2)).save(folder / "a.png")
     (folder / "link.png").symlink_to("gone.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    os.mkfifo(folder / "pipe.png")
     given = [str(folder), "-o", str(tmp_path / "out"), "--task", "derain", "--weights", weights, "--device", "cpu"]
     assert main(given) == 1
-    assert "link.png: no such file" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "link.png: no such file" in said and "loop.png: not a readable picture" in said and "pipe.png" not in said
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
 
 
