@@ -54,9 +54,9 @@ Isa set_named(const std::string& name) {
 
 int checked(int threads) { return threads > 0 ? threads : throw std::invalid_argument("threads: must be positive"); }
 
-void spread(const Array& x, const Array& scale, const Array& shift, const Array& conv1, const Array& conv1_bias,
-            const Array& depthwise, const Array& depthwise_bias, Array gated, Array average, int threads,
-            const std::string& name) {
+void first_pass(const Array& x, const Array& scale, const Array& shift, const Array& conv1, const Array& conv1_bias,
+                const Array& depthwise, const Array& depthwise_bias, Array gated, Array average, int threads,
+                const std::string& name) {
     const Isa isa = set_named(name);
     const nafnet::Shape s = shape_of(x, isa);
     const long c = s.channels, pixels = s.samples * s.height * s.width;
@@ -68,14 +68,14 @@ void spread(const Array& x, const Array& scale, const Array& shift, const Array&
     float* out = sized(gated, pixels * c, "gated");
     float* means = sized(average, s.samples * c, "average");
     const py::gil_scoped_release unlocked;
-    nafnet::spread(isa, s, x.data(), scales, shifts, w1, b1, w2, b2, out, means, checked(threads));
+    nafnet::first_pass(isa, s, x.data(), scales, shifts, w1, b1, w2, b2, out, means, checked(threads));
 }
 
-void merge(Array x, const Array& gated, const Array& average, const Array& attention, const Array& attention_bias,
-           const Array& conv3, const Array& conv3_bias, const Array& scale, const Array& shift, const Array& conv4,
-           const Array& conv4_bias, const Array& conv5, const std::optional<Array>& conv5_bias,
-           const std::optional<Array>& bias_map, const std::optional<Array>& adapter, int threads,
-           const std::string& name) {
+void second_pass(Array x, const Array& gated, const Array& average, const Array& attention, const Array& attention_bias,
+                 const Array& conv3, const Array& conv3_bias, const Array& scale, const Array& shift,
+                 const Array& conv4, const Array& conv4_bias, const Array& conv5,
+                 const std::optional<Array>& conv5_bias, const std::optional<Array>& bias_map,
+                 const std::optional<Array>& adapter, int threads, const std::string& name) {
     const Isa isa = set_named(name);
     const nafnet::Shape s = shape_of(x, isa);
     const long c = s.channels, size = s.samples * s.height * s.width * c, wide = up_to(c, 2 * nafnet::lanes(isa));
@@ -100,8 +100,8 @@ void merge(Array x, const Array& gated, const Array& average, const Array& atten
     const float* w5 = sized(conv5, wide * nafnet::packed(isa, c + (adapter ? rank : map ? c : 0)), "conv5");
     float* to = x.mutable_data();
     const py::gil_scoped_release unlocked;
-    nafnet::merge(isa, s, to, from, means, w, b, w3, b3, scales, shifts, w4, b4, w5, b5, map, w_in, rank,
-                  checked(threads));
+    nafnet::second_pass(isa, s, to, from, means, w, b, w3, b3, scales, shifts, w4, b4, w5, b5, map, w_in, rank,
+                        checked(threads));
 }
 
 void down(const Array& x, const Array& weight, const Array& bias, Array out, int threads, const std::string& name) {
@@ -167,10 +167,10 @@ void update(const Array& row, const Array& x, const Array& output, const Array& 
 PYBIND11_MODULE(_nafnet, module) {
     // Outputs are written in place, so no argument may be converted: a wrong dtype or layout is a TypeError.
     const auto given = [](const char* name) { return py::arg(name).noconvert(); };
-    module.def("spread", &spread, given("x"), given("scale"), given("shift"), given("conv1"), given("conv1_bias"),
-               given("depthwise"), given("depthwise_bias"), given("gated"), given("average"), py::arg("threads"),
-               py::arg("isa"));
-    module.def("merge", &merge, given("x"), given("gated"), given("average"), given("attention"),
+    module.def("first_pass", &first_pass, given("x"), given("scale"), given("shift"), given("conv1"),
+               given("conv1_bias"), given("depthwise"), given("depthwise_bias"), given("gated"), given("average"),
+               py::arg("threads"), py::arg("isa"));
+    module.def("second_pass", &second_pass, given("x"), given("gated"), given("average"), given("attention"),
                given("attention_bias"), given("conv3"), given("conv3_bias"), given("scale"), given("shift"), given("conv4"), given("conv4_bias"), given("conv5"),
                given("conv5_bias"), given("bias_map"), given("adapter"), py::arg("threads"), py::arg("isa"));
     module.def("down", &down, given("x"), given("weight"), given("bias"), given("out"), py::arg("threads"),

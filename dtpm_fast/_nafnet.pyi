@@ -1,6 +1,6 @@
 import numpy as np
 
-def spread(
+def first_pass(
     x: np.ndarray,
     scale: np.ndarray,
     shift: np.ndarray,
@@ -13,7 +13,7 @@ def spread(
     threads: int,
     isa: str,
 ) -> None: ...
-def merge(
+def second_pass(
     x: np.ndarray,
     gated: np.ndarray,
     average: np.ndarray,

@@ -16,7 +16,7 @@ from dtpm_fast.training.freeze import freeze
 from dtpm_fast.training.loop import Run, train
 from dtpm_fast.training.sources import stage1_source, stage2_source
 from dtpm_fast.training.world import World
-from dtpm_fast.weights_file import fill, fill_start, read_weights
+from dtpm_fast.weights_file import Weights, fill, fill_start, read_weights
 
 EXAMPLES = """examples:
   python -m dtpm_fast.train --stage 1 --data photos --output runs/prior --set crop=96 batch_size=8 steps=2000
@@ -72,8 +72,8 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.stage == 2) != (args.task is not None):
         parser.error("--task belongs to --stage 2, and stage 2 needs it")
-    if args.stage == 1 and (args.synthetic or args.split_file):
-        parser.error("--synthetic and --split-file belong to --stage 2")
+    if args.stage == 1 and (args.prior or args.synthetic or args.split_file):
+        parser.error("--prior, --synthetic and --split-file belong to --stage 2")
     if args.stage == 2 and args.smoothed:
         parser.error("--smoothed belongs to --stage 1")
     return args
@@ -90,7 +90,7 @@ def _train(args: argparse.Namespace) -> Path:
         defaults["prior_sigma_data"] = prior.config.model.sigma_data
     init = None if args.init is None else read_weights(args.init)
     if init is not None:
-        defaults |= _no_shape_shows(init, prior, args.stage)
+        defaults |= _settings_of_start(init, prior, args.stage)
     config = Config.load(args.config, args.settings, defaults)
     if config.train.validation_steps > config.diffusion.timesteps:
         raise UserError(
@@ -133,8 +133,9 @@ def _train(args: argparse.Namespace) -> Path:
     return weights
 
 
-def _no_shape_shows(init: Any, prior: Any, stage: int) -> dict[str, Any]:
-    """What of the file's config its tensors were trained for, though they would fit another."""
+def _settings_of_start(init: Weights, prior: Weights | None, stage: int) -> dict[str, Any]:
+    """What of --init's config its tensors were trained for, though no shape shows it. Raises `UserError` for adapters
+    that were trained for another kind of output than the prior's."""
     of = init.config.model
     if stage == 1:
         return {"parameterization": of.parameterization, "sigma_data": of.prior_sigma_data or of.sigma_data}
@@ -149,16 +150,14 @@ def _no_shape_shows(init: Any, prior: Any, stage: int) -> dict[str, Any]:
     return {name: getattr(of, name) for name in names}
 
 
-def _build(args: argparse.Namespace, config: Config, prior: Any) -> DTPM:
+def _build(args: argparse.Namespace, config: Config, prior: Weights | None) -> DTPM:
     import torch
 
     torch.manual_seed(config.train.seed)
     model = DTPM(config.model, args.stage)
     load_semantic_weights(model)
     if prior is not None:
-        if args.stage == 1:
-            raise UserError("--prior belongs to stage 2")
-        _check_same_network(prior.config, config, args.prior)
+        _check_same_network(prior, config)
         fill(model, prior)
     elif args.stage == 2 and config.train.tune not in ("all", "predictor"):
         raise UserError(
@@ -168,7 +167,7 @@ def _build(args: argparse.Namespace, config: Config, prior: Any) -> DTPM:
     return model
 
 
-def _check_same_network(prior: Config, config: Config, path: Path) -> None:
+def _check_same_network(prior: Weights, config: Config) -> None:
     names = (
         "preset",
         "width",
@@ -180,10 +179,10 @@ def _check_same_network(prior: Config, config: Config, path: Path) -> None:
         "parameterization",
     )
     for name in names:
-        then, now = getattr(prior.model, name), getattr(config.model, name)
+        then, now = getattr(prior.config.model, name), getattr(config.model, name)
         if then != now:
             raise UserError(
-                f"{path}: was trained with {name} = {then!r}, the settings say {now!r}; leave that setting out"
+                f"{prior.path}: was trained with {name} = {then!r}, the settings say {now!r}; leave that setting out"
             )
 
 

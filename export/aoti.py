@@ -67,9 +67,7 @@ class AotiStepper:
                 ) from error
         self.indices = [torch.tensor([i], device=device) for i in range(len(self.steps))]
 
-    def prepare(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
-        if code is not None:
-            raise ValueError("an exported graph computes the semantic code itself")
+    def prepare(self, y_d: Tensor) -> Conditions:
         names = [spec.name for spec in self.manifest.graphs["prepare"].outputs]
         return dict(zip(names, self.models["prepare"](y_d.contiguous()), strict=True))
 

@@ -46,9 +46,7 @@ class OrtStepper:
         }
         self.indices = [torch.tensor([i], device=device) for i in range(len(self.steps))]
 
-    def prepare(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
-        if code is not None:
-            raise ValueError("an exported graph computes the semantic code itself")
+    def prepare(self, y_d: Tensor) -> Conditions:
         return self._run("prepare", {"image": y_d}, y_d.shape)
 
     def step(self, x: Tensor, previous: Tensor, i: int, conditions: Conditions) -> tuple[Tensor, Tensor]:

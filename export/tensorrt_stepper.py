@@ -60,9 +60,7 @@ class TensorRTStepper:
         self.indices = torch.arange(len(self.steps), device=device)
         self.shapes: OrderedDict[tuple[int, ...], Shape] = OrderedDict()
 
-    def prepare(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
-        if code is not None:
-            raise ValueError("an exported graph computes the semantic code itself")
+    def prepare(self, y_d: Tensor) -> Conditions:
         shape = self._shape(y_d)
         with self._beside():
             shape.tensors["image"].copy_(y_d)

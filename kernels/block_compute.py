@@ -1,8 +1,8 @@
 """The denoising block's forward and backward without autograd, group by group: fused where the table says so.
 
 Few channels take K1, K2 and K3, many the products of `wide_conv1x1_triton`. What is not fused is made of matrix
-products (cuBLAS) and the stand-alone kernels; on the CPU, of PyTorch alone,
-which is how its algebra is checked in float64. All maps are channels_last.
+products (cuBLAS) and the stand-alone kernels; on the CPU, of PyTorch alone, which is how its algebra is checked in
+float64. All maps are channels_last.
 """
 
 from typing import NamedTuple
@@ -62,9 +62,9 @@ def block_forward(
     """The block's output; y, the map between its halves, when `save`; the first gate's output g; g's means (B, C) in
     float64."""
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        h = _adaln_conv1x1(x, modulation, weights, eps)
-        g, mean, attention = _dwconv_gate_attention(h, weights)
-        z, y = _attention_ffn(g, attention, x, modulation, weights, adapter, eps, save)
+        h = adaln_conv1x1(x, modulation, weights, eps)
+        g, mean, attention = dwconv_gate_attention(h, weights)
+        z, y = attention_ffn(g, attention, x, modulation, weights, adapter, eps, save)
     return z, y, g, mean
 
 
@@ -87,14 +87,14 @@ def block_backward(
     pixels = x.shape[2] * x.shape[3]
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_y, shift2, scale2, *ffn = _ffn_backward(grad, y, modulation, weights, eps, frozen)
+        grad_y, shift2, scale2, *ffn = ffn_backward(grad, y, modulation, weights, eps, frozen)
         attention = attention_of(mean, weights.sca_weight, weights.sca_bias)
-        grad_g, grad_attention, *conv3 = _conv3_backward(grad_y, g, attention, weights, frozen)
+        grad_g, grad_attention, *conv3 = conv3_backward(grad_y, g, attention, weights, frozen)
         grad_mean, *sca = attention_backward(grad_attention, mean, weights.sca_weight)
-        h = _adaln_conv1x1(x, modulation, weights, eps)
-        grad_h, *conv2 = _gate_backward(grad_g, attention, grad_mean / pixels, h, weights, frozen)
-        grad_h = _dwconv_backward(grad_h, weights)
-        grad_x, shift1, scale1, *conv1 = _adaln_conv1x1_backward(grad_h, grad_y, x, modulation, weights, eps, frozen)
+        h = adaln_conv1x1(x, modulation, weights, eps)
+        grad_h, *conv2 = gate_backward(grad_g, attention, grad_mean / pixels, h, weights, frozen)
+        grad_h = dwconv_backward(grad_h, weights)
+        grad_x, shift1, scale1, *conv1 = adaln_conv1x1_backward(grad_h, grad_y, x, modulation, weights, eps, frozen)
     modulations = zip((shift1, scale1, shift2, scale2), modulation, strict=True)
     grad_modulation = Modulation(*(g.to(v.dtype) for g, v in modulations))
     if frozen:
@@ -135,30 +135,31 @@ def _sums(x: Tensor, other: Tensor | None = None) -> Tensor:
     return compute_channel_means(x, other) * (x.shape[2] * x.shape[3])
 
 
-def _adaln_conv1x1(x: Tensor, modulation: Modulation, weights: BlockWeights, eps: float) -> Tensor:
+def adaln_conv1x1(x: Tensor, modulation: Modulation, weights: BlockWeights, eps: float) -> Tensor:
+    """conv1 of the first AdaLN of x (B, C, H, W): (B, 2C, H, W)."""
     shift, scale = modulation.shift1, modulation.scale1
     options = _fused("adaln_conv1x1_forward", x)
     if options is None:
         conv1 = weights.conv1_weight, weights.conv1_bias
-        return _wide("wide_adaln_conv1x1", x, *conv1, adaln=(shift, scale, eps))
+        return wide("wide_adaln_conv1x1", x, *conv1, adaln=(shift, scale, eps))
     from dtpm_fast.kernels.adaln_conv1x1_triton import adaln_conv1x1_forward
 
     return adaln_conv1x1_forward(x, shift, scale, weights.conv1_weight, weights.conv1_bias, eps, options)
 
 
-def _dwconv_gate_attention(h: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
+def dwconv_gate_attention(h: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor, Tensor]:
     """The gate's output g, its means over the pixels (B, C) in float64, and the attention (B, C) that follows."""
     if runs_triton(h):
         from dtpm_fast.kernels.channel_attention_triton import mean_and_attention
 
-        g, sums = _dwconv_gate_pool(h, weights)
+        g, sums = dwconv_gate_pool(h, weights)
         return g, *mean_and_attention(sums, h.shape[2] * h.shape[3], weights.sca_weight, weights.sca_bias)
     g = compute_simple_gate(F.conv2d(h, weights.conv2_weight, weights.conv2_bias, padding=1, groups=h.shape[1]))
     mean = compute_channel_means(g)
     return g, mean, attention_of(mean, weights.sca_weight, weights.sca_bias)
 
 
-def _dwconv_gate_pool(h: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
+def dwconv_gate_pool(h: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
     """K2 alone: the gate's output, and the sums that its strips leave."""
     from dtpm_fast.kernels.dwconv_triton import dwconv_gate_pool_forward
 
@@ -166,7 +167,7 @@ def _dwconv_gate_pool(h: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]
     return dwconv_gate_pool_forward(h, weights.conv2_weight, weights.conv2_bias, options)
 
 
-def _attention_ffn(
+def attention_ffn(
     g: Tensor,
     attention: Tensor,
     x: Tensor,
@@ -176,6 +177,8 @@ def _attention_ffn(
     eps: float,
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    """All behind the attention (B, C), from the gate's output g and the block's input x: the block's output, and y, the
+    map between its halves, when `save`."""
     conv3 = weights.conv3_weight, weights.conv3_bias
     conv4 = weights.conv4_weight, weights.conv4_bias
     conv5 = weights.conv5_weight, weights.conv5_bias
@@ -198,17 +201,17 @@ def _attention_ffn(
             save,
             options,
         )
-    y = _wide("wide_attention_conv1x1_residual", g, *conv3, attention=attention, residual=x, factor=weights.beta)
+    y = wide("wide_attention_conv1x1_residual", g, *conv3, attention=attention, residual=x, factor=weights.beta)
     adaln = modulation.shift2, modulation.scale2, eps
-    h = _wide("wide_adaln_conv1x1_gate", y, *conv4, adaln=adaln, gate=True)
-    z = _wide("wide_conv1x1_residual", h, *conv5, residual=y, factor=weights.gamma)
+    h = wide("wide_adaln_conv1x1_gate", y, *conv4, adaln=adaln, gate=True)
+    z = wide("wide_conv1x1_residual", h, *conv5, residual=y, factor=weights.gamma)
     if adapter is not None:
         matrix, bias_map = adapter
-        z = _wide("wide_conv1x1_residual", z, matrix, None, residual=bias_map)
+        z = wide("wide_conv1x1_residual", z, matrix, None, residual=bias_map)
     return z, y if save else None
 
 
-def _wide(
+def wide(
     kernel: str,
     x: Tensor,
     weight: Tensor,
@@ -248,15 +251,15 @@ def _wide(
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _ffn_backward(
+def ffn_backward(
     grad: Tensor, y: Tensor, modulation: Modulation, weights: BlockWeights, eps: float, frozen: bool = False
 ) -> tuple[Tensor, ...]:
     """Gradients of y, shift2, scale2; unless frozen, conv4 (weight, bias), conv5 (weight, bias), gamma."""
     options = _fused("ffn_backward", y)
     if options is not None:
-        from dtpm_fast.kernels.attention_ffn_triton import ffn_backward
+        from dtpm_fast.kernels import attention_ffn_triton
 
-        found = ffn_backward(
+        found = attention_ffn_triton.ffn_backward(
             grad,
             y,
             (modulation.shift2, modulation.scale2),
@@ -275,7 +278,7 @@ def _ffn_backward(
             *_scaled_conv_backward(product, total, weights.conv5_weight, weights.conv5_bias, weights.gamma),
         )
     adaln = modulation.shift2, modulation.scale2, eps
-    h4 = _wide("wide_adaln_conv1x1", y, weights.conv4_weight, weights.conv4_bias, adaln=adaln)
+    h4 = wide("wide_adaln_conv1x1", y, weights.conv4_weight, weights.conv4_bias, adaln=adaln)
     grad_q = _conv1x1_input(grad, _scaled_rows(weights.conv5_weight, weights.gamma))
     grad_h4 = compute_simple_gate_backward(grad_q, h4)
     grad_h = _conv1x1_input(grad_h4, weights.conv4_weight)
@@ -291,15 +294,15 @@ def _ffn_backward(
     )
 
 
-def _conv3_backward(
+def conv3_backward(
     grad: Tensor, g: Tensor, attention: Tensor, weights: BlockWeights, frozen: bool = False
 ) -> tuple[Tensor, ...]:
     """Gradients of conv3's input, attention (B, C); unless frozen, conv3 (weight, bias), beta; `grad` is y's."""
     options = _fused("conv3_backward", g)
     if options is not None:
-        from dtpm_fast.kernels.attention_ffn_triton import conv3_backward
+        from dtpm_fast.kernels import attention_ffn_triton
 
-        found = conv3_backward(grad, g, weights.conv3_weight, weights.beta, frozen, options)
+        found = attention_ffn_triton.conv3_backward(grad, g, weights.conv3_weight, weights.beta, frozen, options)
         if frozen:
             return found
         grad_input, products, totals = found
@@ -333,17 +336,17 @@ def _scaled_conv_backward(
     return scale[:, None] * product, scale * total, (weight * product).sum(1) + bias * total
 
 
-def _gate_backward(
+def gate_backward(
     grad: Tensor, scale: Tensor, offset: Tensor, h: Tensor, weights: BlockWeights, frozen: bool = False
 ) -> tuple[Tensor, ...]:
     """Gradients of the depth-wise convolution's output; unless frozen, weight and bias; the gate's is
     `grad · scale + offset`."""
     if runs_triton(h):
-        from dtpm_fast.kernels.dwconv_triton import gate_backward
+        from dtpm_fast.kernels import dwconv_triton
 
         options = _always_fused("gate_backward", h)
         convolution = weights.conv2_weight, weights.conv2_bias
-        return gate_backward(grad, scale.float(), offset.float(), h, *convolution, frozen, options)
+        return dwconv_triton.gate_backward(grad, scale.float(), offset.float(), h, *convolution, frozen, options)
     gated = F.conv2d(h, weights.conv2_weight, weights.conv2_bias, padding=1, groups=h.shape[1])
     grad = compute_simple_gate_backward(compute_scaling(grad, scale, offset), gated)
     if frozen:
@@ -352,12 +355,12 @@ def _gate_backward(
     return grad, conv2, conv2_bias
 
 
-def _dwconv_backward(grad: Tensor, weights: BlockWeights) -> Tensor:
+def dwconv_backward(grad: Tensor, weights: BlockWeights) -> Tensor:
     """Gradient of the depth-wise convolution's input from that of its output."""
     if runs_triton(grad):
-        from dtpm_fast.kernels.dwconv_triton import dwconv_backward
+        from dtpm_fast.kernels import dwconv_triton
 
-        return dwconv_backward(grad, weights.conv2_weight, _always_fused("dwconv_backward", grad))
+        return dwconv_triton.dwconv_backward(grad, weights.conv2_weight, _always_fused("dwconv_backward", grad))
     return _convolution_backward(grad, torch.empty_like(grad), weights.conv2_weight, [True, False, False])[0]
 
 
@@ -369,7 +372,7 @@ def _convolution_backward(grad: Tensor, h: Tensor, weight: Tensor, wanted: list[
     return grads
 
 
-def _adaln_conv1x1_backward(
+def adaln_conv1x1_backward(
     grad: Tensor,
     residual: Tensor,
     x: Tensor,
@@ -382,9 +385,11 @@ def _adaln_conv1x1_backward(
     shift, scale = modulation.shift1, modulation.scale1
     options = _fused("adaln_conv1x1_backward", x)
     if options is not None:
-        from dtpm_fast.kernels.adaln_conv1x1_triton import adaln_conv1x1_backward
+        from dtpm_fast.kernels import adaln_conv1x1_triton
 
-        return adaln_conv1x1_backward(grad, residual, x, shift, scale, weights.conv1_weight, eps, frozen, options)
+        return adaln_conv1x1_triton.adaln_conv1x1_backward(
+            grad, residual, x, shift, scale, weights.conv1_weight, eps, frozen, options
+        )
     grad_h = _conv1x1_input(grad, weights.conv1_weight)
     found = compute_adaln_backward(grad_h, x, scale, eps, residual)
     if frozen:

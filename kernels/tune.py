@@ -183,27 +183,27 @@ def _steps(channels: int, dtype: torch.dtype, side: int = 0, batch: int = BATCH)
     side = side or 256 * 64 // channels
     inputs = block_inputs(batch, channels, side, side, dtype, "cuda")
     x, modulation, weights = inputs[0], Modulation(*inputs[1:5]), BlockWeights(*inputs[5:])
-    h = block_compute._adaln_conv1x1(x, modulation, weights, EPS)
-    g, mean, attention = block_compute._dwconv_gate_attention(h, weights)
+    h = block_compute.adaln_conv1x1(x, modulation, weights, EPS)
+    g, mean, attention = block_compute.dwconv_gate_attention(h, weights)
     arguments = (g, attention, x, modulation, weights, None, EPS, True)
     conv3, conv4, conv5 = ((getattr(weights, f"conv{n}_weight"), getattr(weights, f"conv{n}_bias")) for n in (3, 4, 5))
     adaln = modulation.shift2, modulation.scale2, EPS
-    wide = block_compute._wide
+    wide = block_compute.wide
     return {
-        "wide_adaln_conv1x1": lambda: block_compute._adaln_conv1x1(x, modulation, weights, EPS),
+        "wide_adaln_conv1x1": lambda: block_compute.adaln_conv1x1(x, modulation, weights, EPS),
         "wide_attention_conv1x1_residual": lambda: wide(
             "wide_attention_conv1x1_residual", g, *conv3, attention=attention, residual=x, factor=weights.beta
         ),
         "wide_adaln_conv1x1_gate": lambda: wide("wide_adaln_conv1x1_gate", x, *conv4, adaln=adaln, gate=True),
         "wide_conv1x1_residual": lambda: wide("wide_conv1x1_residual", g, *conv5, residual=x, factor=weights.gamma),
-        "adaln_conv1x1_forward": lambda: block_compute._adaln_conv1x1(x, modulation, weights, EPS),
-        "adaln_conv1x1_backward": lambda: block_compute._adaln_conv1x1_backward(h, x, x, modulation, weights, EPS),
-        "attention_ffn_forward": lambda: block_compute._attention_ffn(*arguments),
-        "ffn_backward": lambda: block_compute._ffn_backward(x, x, modulation, weights, EPS),
-        "conv3_backward": lambda: block_compute._conv3_backward(x, g, attention, weights),
-        "dwconv_gate_pool_forward": lambda: block_compute._dwconv_gate_pool(h, weights),
-        "gate_backward": lambda: block_compute._gate_backward(g, attention, mean, h, weights),
-        "dwconv_backward": lambda: block_compute._dwconv_backward(h, weights),
+        "adaln_conv1x1_forward": lambda: block_compute.adaln_conv1x1(x, modulation, weights, EPS),
+        "adaln_conv1x1_backward": lambda: block_compute.adaln_conv1x1_backward(h, x, x, modulation, weights, EPS),
+        "attention_ffn_forward": lambda: block_compute.attention_ffn(*arguments),
+        "ffn_backward": lambda: block_compute.ffn_backward(x, x, modulation, weights, EPS),
+        "conv3_backward": lambda: block_compute.conv3_backward(x, g, attention, weights),
+        "dwconv_gate_pool_forward": lambda: block_compute.dwconv_gate_pool(h, weights),
+        "gate_backward": lambda: block_compute.gate_backward(g, attention, mean, h, weights),
+        "dwconv_backward": lambda: block_compute.dwconv_backward(h, weights),
     }
 
 

@@ -184,9 +184,9 @@ class Trainer:
         self.ema.load(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        if state.get("scaler"):
+        if state["scaler"]:  # empty, where the run before had none
             self.precision.scaler.load_state_dict(state["scaler"])
-        self.best = state.get("best", -math.inf)
+        self.best = state["best"]
         self.step = int(state["step"])
         run.world.say(f"resumed at iteration {self.step} of {run.config.train.steps}")
 
@@ -283,5 +283,4 @@ def _resumable(run: Run, resume: bool | None) -> dict[str, Any] | None:
             f"{run.folder}: was started with another model, diffusion, optimizer, tune, stage or task; resume with the "
             "same settings"
         )
-    state.setdefault("optimizers", [state.get("optimizer")])  # as version 0.1 wrote it before Muon
     return state

@@ -10,9 +10,9 @@ class Engine : Products {
     static constexpr long PAD = 2 * V;  // keeps rows of 4096 bytes out of one cache set
 
 public:
-    static void spread(const Shape& s, const float* x, Rows scale, Rows shift, const float* conv1,
-                       const float* conv1_bias, const float* depthwise, const float* depthwise_bias, float* gated,
-                       float* average, int threads) {
+    static void first_pass(const Shape& s, const float* x, Rows scale, Rows shift, const float* conv1,
+                           const float* conv1_bias, const float* depthwise, const float* depthwise_bias, float* gated,
+                           float* average, int threads) {
         const long C = s.channels, strip = strip_width(s), strips = (s.width + strip - 1) / strip;
         // Rows of conv1's output that are made together: several where the map is narrow, so that tiles are full.
         const long group = (2 * PANEL - 1) / std::min(s.width, strip) + 1;
@@ -81,10 +81,11 @@ public:
             }
     }
 
-    static void merge(const Shape& s, float* x, const float* gated, const float* average, const float* attention,
-                      const float* attention_bias, const float* conv3, const float* conv3_bias, Rows scale,
-                      Rows shift, const float* conv4, const float* conv4_bias, const float* conv5,
-                      const float* conv5_bias, const float* bias_map, const float* adapter, long rank, int threads) {
+    static void second_pass(const Shape& s, float* x, const float* gated, const float* average, const float* attention,
+                            const float* attention_bias, const float* conv3, const float* conv3_bias, Rows scale,
+                            Rows shift, const float* conv4, const float* conv4_bias, const float* conv5,
+                            const float* conv5_bias, const float* bias_map, const float* adapter, long rank,
+                            int threads) {
         const long C = s.channels, pixels = s.height * s.width, panels = (C + 2 * V - 1) / (2 * V);
         const long chunk = chunk_for(pixels, s.samples, threads), chunks = (pixels + chunk - 1) / chunk;
         // A pixel of the last product's input: what the adapter makes of y (rank values, none where it is merged), the

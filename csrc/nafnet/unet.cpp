@@ -122,17 +122,17 @@ long strip_width(const Shape& shape) {
     return (shape.width + strips - 1) / strips;
 }
 
-void spread(Isa isa, const Shape& shape, const float* x, Rows scale, Rows shift, const float* conv1,
-            const float* conv1_bias, const float* depthwise, const float* depthwise_bias, float* gated, float* average,
-            int threads) {
-    DISPATCH(spread, shape, x, scale, shift, conv1, conv1_bias, depthwise, depthwise_bias, gated, average, threads);
+void first_pass(Isa isa, const Shape& shape, const float* x, Rows scale, Rows shift, const float* conv1,
+                const float* conv1_bias, const float* depthwise, const float* depthwise_bias, float* gated,
+                float* average, int threads) {
+    DISPATCH(first_pass, shape, x, scale, shift, conv1, conv1_bias, depthwise, depthwise_bias, gated, average, threads);
 }
 
-void merge(Isa isa, const Shape& shape, float* x, const float* gated, const float* average, const float* attention,
-           const float* attention_bias, const float* conv3, const float* conv3_bias, Rows scale, Rows shift,
-           const float* conv4, const float* conv4_bias, const float* conv5, const float* conv5_bias,
-           const float* bias_map, const float* adapter, long rank, int threads) {
-    DISPATCH(merge, shape, x, gated, average, attention, attention_bias, conv3, conv3_bias, scale, shift, conv4,
+void second_pass(Isa isa, const Shape& shape, float* x, const float* gated, const float* average,
+                 const float* attention, const float* attention_bias, const float* conv3, const float* conv3_bias,
+                 Rows scale, Rows shift, const float* conv4, const float* conv4_bias, const float* conv5,
+                 const float* conv5_bias, const float* bias_map, const float* adapter, long rank, int threads) {
+    DISPATCH(second_pass, shape, x, gated, average, attention, attention_bias, conv3, conv3_bias, scale, shift, conv4,
              conv4_bias, conv5, conv5_bias, bias_map, adapter, rank, threads);
 }
 

@@ -32,22 +32,22 @@ struct Rows {
     const float* of(long sample) const { return data + sample * stride; }
 };
 
-// Columns of the map that one work item of `spread` takes, and so the number of partial sums of a row.
+// Columns of the map that one work item of `first_pass` takes, and so the number of partial sums of a row.
 long strip_width(const Shape& shape);
 
 // gated = SimpleGate(depthwise3x3(conv1(LN(x) * scale + shift))), and its mean over the picture, average[sample][channel].
-void spread(Isa isa, const Shape& shape, const float* x, Rows scale, Rows shift, const float* conv1,
-            const float* conv1_bias, const float* depthwise, const float* depthwise_bias, float* gated, float* average,
-            int threads);
+void first_pass(Isa isa, const Shape& shape, const float* x, Rows scale, Rows shift, const float* conv1,
+                const float* conv1_bias, const float* depthwise, const float* depthwise_bias, float* gated,
+                float* average, int threads);
 
 // y = x + conv3((attention average + attention_bias) * gated), g = SimpleGate(conv4(LN(y) * scale + shift)) and, over x,
 //     y + conv5 g + conv5_bias                        without an adapter: bias_map and adapter are null
 //     y + conv5 [g, y] + bias_map                     one that is merged: conv5 = [M conv5, M - I], M = I + W_out W_in
 //     y + conv5 [adapter y, g] + bias_map             one of low rank: adapter = W_in, conv5 = [W_out, M conv5]
-void merge(Isa isa, const Shape& shape, float* x, const float* gated, const float* average, const float* attention,
-           const float* attention_bias, const float* conv3, const float* conv3_bias, Rows scale, Rows shift,
-           const float* conv4, const float* conv4_bias, const float* conv5, const float* conv5_bias,
-           const float* bias_map, const float* adapter, long rank, int threads);
+void second_pass(Isa isa, const Shape& shape, float* x, const float* gated, const float* average,
+                 const float* attention, const float* attention_bias, const float* conv3, const float* conv3_bias,
+                 Rows scale, Rows shift, const float* conv4, const float* conv4_bias, const float* conv5,
+                 const float* conv5_bias, const float* bias_map, const float* adapter, long rank, int threads);
 
 // 2x2 convolution with stride 2 to twice the channels; inputs are ordered (row, column, channel).
 void down(Isa isa, const Shape& shape, const float* x, const float* weight, const float* bias, float* out, int threads);

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dtpm_fast.errors import UserError
 from dtpm_fast.exit_code import run
 from dtpm_fast.tasks import TASKS
 
@@ -56,7 +55,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-o", "--output", required=True, type=Path, metavar="DIR", help="a folder that is not there yet"
     )
     options = parser.parse_args(arguments)
+    _check_usage(parser, options)
     return run(lambda: _export(options))
+
+
+def _with_engines(options: argparse.Namespace) -> bool:
+    return options.format == "tensorrt" or (options.format == "triton" and options.network == "tensorrt")
+
+
+def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Options that do not go together end as bad usage, before anything is read."""
+    if options.network != "onnx" and options.format != "triton":
+        parser.error("--network says what --format triton serves; leave it out")
+    asked = [name for name in ("bucket", "timing_cache", "fixed_weights", "layers", "refit") if getattr(options, name)]
+    if asked and not _with_engines(options):
+        parser.error(f"--{asked[0].replace('_', '-')}: is about TensorRT engines; add --format tensorrt")
+    if options.refit and (options.bucket or options.fixed_weights):
+        parser.error("--refit takes the engines as they are; leave --bucket and --fixed-weights out")
+    if options.device not in (None, "cpu") and options.format != "aoti" and not _with_engines(options):
+        parser.error("--device: an ONNX file is for no device in particular; leave it out")
+    if options.verify and options.format == "triton":
+        parser.error("--verify compares other folders than triton's; a model repository is compared as it is written")
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -68,23 +87,10 @@ def _export(options: argparse.Namespace) -> int:
     from dtpm_fast.export.tensorrt_layers import read_layers
     from dtpm_fast.runtime.shipped import find_weights
 
-    with_engines = options.format == "tensorrt" or (options.format == "triton" and options.network == "tensorrt")
-    if options.network != "onnx" and options.format != "triton":
-        raise UserError("--network says what --format triton serves; leave it out")
-    asked = [name for name in ("bucket", "timing_cache", "fixed_weights", "layers", "refit") if getattr(options, name)]
-    if asked and not with_engines:
-        raise UserError(f"--{asked[0].replace('_', '-')}: is about TensorRT engines; add --format tensorrt")
-    if options.refit and (options.bucket or options.fixed_weights):
-        raise UserError("--refit takes the engines as they are; leave --bucket and --fixed-weights out")
+    with_engines = _with_engines(options)
     if with_engines:
         tensorrt()  # a missing TensorRT is said before a missing GPU
     device, _ = choose_device(options.device or ("cuda" if with_engines else "cpu"))
-    if not with_engines and options.format != "aoti" and device.type != "cpu":
-        raise UserError("--device: an ONNX file is for no device in particular; leave it out")
-    if options.verify and options.format == "triton":
-        raise UserError(
-            "--verify compares other folders than triton's; a model repository is compared as it is written"
-        )
     engines = None
     if with_engines:
         engines = EngineOptions(

@@ -37,8 +37,6 @@ def make_pairs(
             raise UserError(f"strength {strength:g}: is given twice")
     if seed < 0:
         raise UserError(f"seed {seed}: must be 0 or more")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: exists and is not an empty folder; choose another")
     found = [path for given in photos for path in (find_photos(given) if given.is_dir() else [given])]
     names = [path.stem for path in found] or list(SAMPLES)
     if len(set(names)) < len(names):

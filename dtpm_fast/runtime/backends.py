@@ -54,7 +54,7 @@ def choose_backend(
     isa = blocks(model, dtype)
     if isa is None:
         return Plan(model, steps, dtype), f"{said}; blocks in PyTorch"
-    return Plan(model, steps, dtype, "native"), f"{said}; blocks compiled for {isa}"
+    return Plan(model, steps, dtype, "native"), f"{said}; C++ blocks for {isa}"
 
 
 def _auto(model: DTPM, device: torch.device) -> tuple[str, str]:

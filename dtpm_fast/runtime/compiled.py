@@ -33,9 +33,9 @@ class Compiled(Plan):
         self._prepare = torch.compile(self.prepare_module)
         self._step = torch.compile(self.step_module)
 
-    def prepare(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
+    def prepare(self, y_d: Tensor) -> Conditions:
         with _one_line():
-            return self._prepare(y_d, code)
+            return self._prepare(y_d)
 
     def step(self, x: Tensor, previous: Tensor, i: int, conditions: Conditions) -> tuple[Tensor, Tensor]:
         with _one_line():

@@ -1,4 +1,4 @@
-"""The folded U-Net on a CPU, through the compiled module `dtpm_fast._nafnet` (csrc/nafnet). Maps and sums are float32;
+"""The folded U-Net on a CPU, through the C++ module `dtpm_fast._nafnet` (csrc/nafnet). Maps and sums are float32;
 where the CPU multiplies it (Intel AMX, AVX512_BF16), products can be in bfloat16.
 
 A block is two passes over its map, split where channel attention needs the mean of the whole picture. What the parts
@@ -34,7 +34,7 @@ PAIRED = ("amx", "avx512bf16")  # multiply pairs of inputs in bfloat16
 
 def instruction_set(dtype: torch.dtype, *widths: int) -> str | None:
     """The best instruction set that multiplies this dtype and whose vectors these channels fill: "amx" or "avx512bf16"
-    for bfloat16; "avx512", "avx2" or "portable" for float32. None where there is none, or no compiled module."""
+    for bfloat16; "avx512", "avx2" or "portable" for float32. None where there is none, or no C++ module."""
     if _nafnet is None or dtype not in (torch.float32, torch.bfloat16):
         return None
     sets = _nafnet.instruction_sets(bfloat16=dtype == torch.bfloat16)
@@ -139,14 +139,14 @@ class CpuBlock(nn.Module):
         shift1, scale1, shift2, scale2 = (row.contiguous().numpy() for row in rows)
         gated, average = scratch.map("gated", *x.shape), x.new_empty(len(x), 1, x.shape[-1])
         how: dict[str, Any] = {"threads": torch.get_num_threads(), "isa": self.isa}
-        _nafnet.spread(
+        _nafnet.first_pass(
             x.numpy(), scale1, shift1, self.conv1.numpy(), self.conv1_bias.numpy(),
             self.depthwise.numpy(), self.depthwise_bias.numpy(), gated.numpy(), average.numpy(), **how,
         )  # fmt: skip
         if mean is not own_mean:
             average = mean(number, gated)
         adapted = bias_map is not None and self.matrix is not None
-        _nafnet.merge(
+        _nafnet.second_pass(
             x.numpy(), gated.numpy(), average.numpy(), self.attention.numpy(), self.attention_bias.numpy(),
             self.conv3.numpy(), self.conv3_bias.numpy(), scale2, shift2,
             self.conv4.numpy(), self.conv4_bias.numpy(), self.conv5.numpy(),
@@ -158,7 +158,7 @@ class CpuBlock(nn.Module):
 
 
 class CpuPictureMap(PictureMap):
-    """`PictureMap` with the compiled part."""
+    """`PictureMap` in C++."""
 
     def __init__(self, weight: Tensor, bias: Tensor, isa: str) -> None:
         super().__init__(weight, bias, torch.float32)
@@ -179,7 +179,7 @@ class CpuPictureMap(PictureMap):
 
 
 class CpuUNet(FoldedUNet):
-    """`FoldedUNet` with the compiled parts. Its channels have to fill vectors (`instruction_set`)."""
+    """`FoldedUNet` of C++ blocks. Its channels have to fill vectors (`instruction_set`)."""
 
     def __init__(self, unet: UNet, adapters: dict[str, MergedAdapter], isa: str) -> None:
         super().__init__(unet, adapters, torch.float32, lambda block, adapter, _: CpuBlock(block, adapter, isa))

@@ -51,8 +51,8 @@ class Graph:
     def bytes(self) -> dict[tuple[int, ...], int]:
         return {shape: captured.bytes for shape, captured in self.graphs.items()}
 
-    def prepare(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
-        return self.plan.prepare(y_d, code)
+    def prepare(self, y_d: Tensor) -> Conditions:
+        return self.plan.prepare(y_d)
 
     def step(self, x: Tensor, previous: Tensor, i: int, conditions: Conditions) -> tuple[Tensor, Tensor]:
         return self.plan.step(x, previous, i, conditions)

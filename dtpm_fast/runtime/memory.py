@@ -19,7 +19,7 @@ TILES = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128)
 
 def needed(config: ModelConfig, pixels: int, dtype: torch.dtype, form: str = "folded") -> int:
     """Bytes that a plan takes beyond its weights for a batch of so many pixels."""
-    of_map = 4 if form == "native" else dtype.itemsize  # the compiled blocks' maps are float32 in any precision
+    of_map = 4 if form == "native" else dtype.itemsize  # the C++ blocks' maps are float32 in any precision
     return pixels * (MAPS[form] * config.width * of_map + 12 * torch.float32.itemsize)
 
 

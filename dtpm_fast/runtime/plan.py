@@ -34,7 +34,7 @@ from dtpm_fast.runtime.unet import (
     own_mean,
 )
 
-# What the U-Nets run through: PyTorch's operators, the fused Triton kernels, or the compiled parts for CPUs.
+# What the U-Nets run through: PyTorch's operators, the fused Triton kernels, or the C++ blocks for CPUs.
 Form = Literal["folded", "kernels", "native"]
 
 
@@ -43,7 +43,7 @@ class Hoisted:
     """One thing that leaves the step: what, how often it is computed now, and the bytes that it holds."""
 
     what: str
-    once_per: str  # "model", "model and S" or "image"
+    once_per: str  # "model", "model and S" or "picture"
     bytes: int
 
 
@@ -86,12 +86,10 @@ class Prepare(nn.Module):
         stacks = {str(level): StackedPictureMaps(maps, dtype) for level, maps in at_level.items()}
         self.stacks = nn.ModuleDict(stacks)
 
-    def forward(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
-        """y_d: (B, 3, H, W) in [-1, 1]. `code` (B, C) stands in for the picture's own semantic code."""
+    def forward(self, y_d: Tensor) -> Conditions:
+        """y_d: (B, 3, H, W) in [-1, 1]."""
         y_eps = self.predict(y_d)
-        if code is None:
-            code = self.semantic_code(y_d, y_eps)
-        return self.conditions(y_d, y_eps, code)
+        return self.conditions(y_d, y_eps, self.semantic_code(y_d, y_eps))
 
     def predict(self, y_d: Tensor) -> Tensor:
         """y_eps, the initial predictor's picture."""
@@ -171,7 +169,7 @@ class Plan:
         steps: of the sampler.
         dtype: of maps and weights; x, y_eps and the sampler's update stay in the model's own.
         form: "folded", PyTorch's operators; "kernels", the fused kernels (channel attention takes its own mean then);
-            "native", the compiled parts for a CPU (`native_form` says where they run), whose maps are float32 always.
+            "native", the C++ blocks for a CPU (`native_form` says where they run), whose maps are float32 always.
 
     Raises `UserError` for a model of stage I and for gated adapters.
     """
@@ -191,8 +189,8 @@ class Plan:
         self.table = steps.table.to(own)
         self.time_rows = _time_rows(model, steps).to(own)
 
-    def prepare(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
-        return self.prepare_module(y_d, code)
+    def prepare(self, y_d: Tensor) -> Conditions:
+        return self.prepare_module(y_d)
 
     def step(self, x: Tensor, previous: Tensor, i: int, conditions: Conditions) -> tuple[Tensor, Tensor]:
         return self.step_module(x, previous, self.table[i], self.time_rows[i : i + 1], conditions)
@@ -203,7 +201,7 @@ class Plan:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that depends on the model's weights, by name. Copying another plan's tensors over them changes the
-        weights in place (`InPlace`): compiled code and captured graphs go on with the new ones."""
+        weights in place (`TaskSwap`): compiled code and captured graphs go on with the new ones."""
         found = {"time_rows": self.time_rows, "table": self.table}
         for name, module in (("step", self.step_module), ("prepare", self.prepare_module)):
             found.update({f"{name}.{key}": value for key, value in module.state_dict().items()})
@@ -214,24 +212,26 @@ class Plan:
         return Plan(model, steps, self.dtype, self.form)
 
     def hoisted(self, conditions: Conditions | None = None) -> list[Hoisted]:
-        """What left the step, with bytes; those of an image for the given conditions (else 0)."""
+        """What left the step, with bytes; those of a picture for the given conditions (else 0)."""
         given = conditions or {}
         step, prepare = self.step_module, self.prepare_module
         matrices = [cast(Tensor | None, block.matrix) for block in step.unet.blocks]
         maps = [value for key, value in given.items() if key.startswith("adapter.")]
         return [
-            Hoisted("time embedding to the modulation rows of all blocks", "model and S", _bytes(self.time_rows)),
-            Hoisted("sampler: scalings, DDIM update and clipping as one row", "model and S", _bytes(self.table)),
-            Hoisted("merged adapters I + W_out W_in", "model", _bytes(*matrices)),
+            Hoisted(
+                "time embedding to the modulation rows of all blocks and steps", "model and S", _bytes(self.time_rows)
+            ),
+            Hoisted("scalings, DDIM update and clipping, as one row a step", "model and S", _bytes(self.table)),
+            Hoisted("adapters merged, M = I + W_out W_in", "model", _bytes(*matrices)),
             Hoisted("beta, gamma, PixelShuffle's order and LN's affine, in the weights", "model", 0),
-            Hoisted("semantic code to its share of the modulation rows", "image", _bytes(given.get("code_rows"))),
-            Hoisted("condition's half of the intro convolution", "image", _bytes(given.get("intro"))),
-            Hoisted(f"bias maps of {len(prepare.levels)} adapters", "image", _bytes(*maps)),
+            Hoisted("semantic code to its share of the modulation rows", "picture", _bytes(given.get("code_rows"))),
+            Hoisted("the condition's half of the intro convolution", "picture", _bytes(given.get("intro"))),
+            Hoisted(f"bias maps of {len(prepare.levels)} adapters", "picture", _bytes(*maps)),
         ]
 
 
 def native_form(model: DTPM, dtype: torch.dtype) -> str | None:
-    """The instruction set that the compiled parts take for this model and dtype; None where they cannot run it."""
+    """The instruction set that the C++ blocks take for this model and dtype; None where they cannot run it."""
     predictor = [model.config.predictor_width] if model.predictor is not None else []
     return instruction_set(dtype, model.config.width, *predictor)
 
@@ -246,7 +246,7 @@ def _unet(form: Form, unet: UNet, adapters: dict[str, MergedAdapter], dtype: tor
     if form == "native":
         isa = instruction_set(dtype, unet.intro.out_channels)
         if isa is None:
-            raise ValueError(f"the compiled parts cannot run {unet.intro.out_channels} channels in {dtype} here")
+            raise ValueError(f"the C++ blocks cannot run {unet.intro.out_channels} channels in {dtype} here")
         return CpuUNet(unet, adapters, isa)
     return (KernelUNet if form == "kernels" else FoldedUNet)(unet, adapters, dtype)
 

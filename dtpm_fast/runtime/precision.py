@@ -10,10 +10,10 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def choose_precision(
-    name: str, device: torch.device, compiled_for: Callable[[torch.dtype], str | None] = lambda _: None
+    name: str, device: torch.device, native_for: Callable[[torch.dtype], str | None] = lambda _: None
 ) -> tuple[torch.dtype, str]:
-    """The dtype of maps and weights, and why; on a CPU, `compiled_for` says which instruction set the compiled blocks
-    take for a dtype, if they run in it. Raises `UserError` for an unknown name.
+    """The dtype of maps and weights, and why; on a CPU, `native_for` says which instruction set the C++ blocks take
+    for a dtype, if they run in it. Raises `UserError` for an unknown name.
 
     The sampler's update, the picture and LN's statistics are float32 in either case.
     """
@@ -25,10 +25,10 @@ def choose_precision(
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return torch.bfloat16, "this GPU multiplies it"
         return torch.float32, "this GPU does not multiply bfloat16"
-    if compiled_for(torch.bfloat16):
-        return torch.bfloat16, f"this CPU multiplies it ({compiled_for(torch.bfloat16)})"
-    if compiled_for(torch.float32):  # no slower than PyTorch's operators in bfloat16 (docs/runtime.md), and exact
-        return torch.float32, "what the compiled blocks take on this CPU"
+    if native_for(torch.bfloat16):
+        return torch.bfloat16, f"this CPU multiplies it ({native_for(torch.bfloat16)})"
+    if native_for(torch.float32):  # no slower than PyTorch's operators in bfloat16 (docs/runtime.md), and exact
+        return torch.float32, "what the C++ blocks take on this CPU"
     for unit in ("amx_bf16", "avx512_bf16"):
         if _cpu_has(unit):
             return torch.bfloat16, f"this CPU multiplies it ({unit})"

@@ -16,9 +16,9 @@ class Reference:
         self.table = steps.table.to(parameter)
         self.gammas = prior_gamma(steps.gammas, model.config).to(parameter)
 
-    def prepare(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
+    def prepare(self, y_d: Tensor) -> Conditions:
         y_eps = self.model.predict(y_d)
-        code = self.model.code_of(y_d, y_eps) if code is None else code
+        code = self.model.code_of(y_d, y_eps)
         conditions = {"y_eps": y_eps, "condition": self.model.condition_of(y_d, y_eps)}
         return conditions if code is None else {**conditions, "code": code}
 

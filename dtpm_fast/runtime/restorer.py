@@ -24,7 +24,7 @@ from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.reference import Reference
 from dtpm_fast.runtime.sampler import Stepper, make_steps
 from dtpm_fast.runtime.shipped import find_weights, is_export, locate
-from dtpm_fast.runtime.tasks import InPlace
+from dtpm_fast.runtime.task_swap import TaskSwap
 from dtpm_fast.runtime.tiling import SMALLEST, Tiled
 from dtpm_fast.weights_file import Weights, load_model
 
@@ -72,7 +72,7 @@ class Restorer:
         if isinstance(self.backend, Reference) and isinstance(tile, int):
             raise UserError(f"tile {tile}: the reference backend does not tile; use --backend fused")
         self._folded: Plan | None = None  # the plan for tiles, where the backend's own has fused kernels
-        self._tasks: InPlace | None = None  # from the first change of task on
+        self._tasks: TaskSwap | None = None  # from the first change of task on
         self._name: str | Path = weights.path  # what set_task finds tasks by
         self._running = (weights.path.resolve(), weights.path.stat().st_mtime_ns, weights.task)
         self._abouts = {self._running: _describe(weights)}
@@ -160,7 +160,7 @@ class Restorer:
         path = locate(str(name), task)
         key = (path.resolve(), path.stat().st_mtime_ns, task)
         if self._tasks is None:
-            self._tasks = InPlace(_tensors(self.model, self._running_steppers()), self._running)
+            self._tasks = TaskSwap(_tensors(self.model, self._running_steppers()), self._running)
         if key not in self._abouts:
             weights = find_weights(path, task)
             if not self._same_network(weights.config):

@@ -8,7 +8,7 @@ DDIM has c = 0; its clipping of eps (eps = (x - sqrt(gamma) x0) / sqrt(1 - gamma
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from dtpm_fast.config import Config
 from dtpm_fast.diffusion import ddim_gammas, scalings
 from dtpm_fast.errors import UserError
 
-Sampler = Literal["ddim", "dpm++2m"]
 SAMPLERS: tuple[str, ...] = ("ddim", "dpm++2m")
 Conditions = dict[str, Tensor]  # what `prepare` found once for a picture: flat, so that it can leave Python
 C_IN, X0_X, X0_F, A, B, C, LIMIT = range(7)  # the columns of `Steps.table`
@@ -45,8 +44,8 @@ class Stepper(Protocol):
 
     steps: Steps
 
-    def prepare(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
-        """y_d (B, 3, H, W) in [-1, 1] to the conditions, "y_eps" among them. `code` overrides the picture's own."""
+    def prepare(self, y_d: Tensor) -> Conditions:
+        """y_d (B, 3, H, W) in [-1, 1] to the conditions, "y_eps" among them."""
 
     def step(self, x: Tensor, previous: Tensor, i: int, conditions: Conditions) -> tuple[Tensor, Tensor]:
         """x of step i and the x0 of the step before to x of step i + 1 (without fresh noise) and its x0."""

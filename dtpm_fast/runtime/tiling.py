@@ -85,23 +85,20 @@ class Tiled:
     Args:
         plan: not of fused kernels, which cannot take channel attention's mean from outside.
         core: pixels on a side of a window's core; it reaches `overlap` further on every side.
-        advance: called after every window of every pass, for a progress bar.
     """
 
-    def __init__(
-        self, plan: Plan, core: int, multiple: int, overlap: int = OVERLAP, advance: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, plan: Plan, core: int, multiple: int, overlap: int = OVERLAP) -> None:
         if plan.form == "kernels":
             raise UserError("tiles need a plan of folded blocks, not of fused kernels")
         self.plan, self.steps = plan, plan.steps
-        self.core, self.multiple, self.overlap, self.advance = core, multiple, overlap, advance
+        self.core, self.multiple, self.overlap = core, multiple, overlap
 
-    def prepare(self, y_d: Tensor, code: Tensor | None = None) -> Conditions:
+    def prepare(self, y_d: Tensor) -> Conditions:
         """Only pictures: the windows' own conditions are made anew in every step, and not kept."""
         prepare, y_eps = self.plan.prepare_module, y_d
         if prepare.predictor is not None:
             y_eps = y_d + self._blended(y_d, lambda window, mean: prepare.residual(window.of(y_d), mean))
-        code = prepare.semantic_code(y_d, y_eps) if code is None else code
+        code = prepare.semantic_code(y_d, y_eps)
         conditions = {"y_d": y_d, "y_eps": y_eps}
         return conditions if code is None else {**conditions, "code": code}
 
@@ -128,24 +125,12 @@ class Tiled:
             sums: dict[int, tuple[Tensor, int]] = {}
             for window in tiles:
                 network(window, _recorder(sums, window))
-                self._advance()
             mean = _given({number: total / pixels for number, (total, pixels) in sums.items()})
         blended = torch.zeros_like(like)
         for window in tiles:
             output = network(window, mean)
             window.of(blended).add_(output * blend_weight(window, height, width, self.overlap).to(output))
-            self._advance()
         return blended
-
-    def passes(self, height: int, width: int) -> int:
-        """How often `advance` will be called for a picture."""
-        count = len(windows(height, width, self.core, self.multiple, self.overlap))
-        networks = len(self.steps) + (self.plan.prepare_module.predictor is not None)
-        return networks * (2 * count if count > 1 else 1)
-
-    def _advance(self) -> None:
-        if self.advance is not None:
-            self.advance()
 
 
 def _recorder(sums: dict[int, tuple[Tensor, int]], window: Window) -> Mean:

@@ -206,7 +206,7 @@ def test_a_synthetic_test_set(tmp_path: Path, picture: Callable[..., Path], caps
     assert main([*make, "--strength", "1.5", "-o", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again/input/a.png").read_bytes() == pairs[1][0].read_bytes()
     assert main([*make, "-o", str(tmp_path / "set")]) == 1
-    assert "is not an empty folder" in capsys.readouterr().err
+    assert "set: exists already" in capsys.readouterr().err
     assert main([*make, "--strength", "-1", "-o", str(tmp_path / "new")]) == 1
     assert "must be 0 or more" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -43,11 +43,25 @@ def test_the_command_says_why(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_task_is_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "denoise"], "invalid choice: 'denoise'"),
+        (["--bucket", "8x8"], "--bucket: is about TensorRT engines"),
+        (["--format", "triton", "--timing-cache", "c"], "--timing-cache: is about TensorRT engines"),
+        (["--network", "tensorrt"], "--network says what --format triton serves"),
+        (["--format", "tensorrt", "--refit", "d", "--fixed-weights"], "--refit takes the engines as they are"),
+        (["--device", "cuda"], "--device: an ONNX file is for no device in particular"),
+        (["--format", "triton", "--verify"], "--verify compares other folders than triton's"),
+    ],
+    ids=str,
+)
+def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture, options: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["--task", "denoise", "-o", str(tmp_path / "x")])
+        main(["--task", "derain", "-o", str(tmp_path / "x"), *options])
     assert stop.value.code == 2
-    assert "invalid choice: 'denoise'" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_stage_one_and_gated_weights_are_refused(

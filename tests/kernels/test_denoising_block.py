@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dtpm_fast.kernels import BlockWeights, adaln, block_weights, denoising_block, simple_gate
 from dtpm_fast.kernels.block import _block, _block_backward, _block_train, denoising_block_ref
-from dtpm_fast.kernels.block_compute import Modulation, _adaln_conv1x1, _conv1x1_weight, _dwconv_gate_pool
+from dtpm_fast.kernels.block_compute import Modulation, _conv1x1_weight, adaln_conv1x1, dwconv_gate_pool
 from dtpm_fast.kernels.dispatch import WIDE, Table, table, using_table
 from dtpm_fast.model.block import DenoisingBlock, use_kernels
 
@@ -233,10 +233,10 @@ def test_triton_beyond_32_bit_offsets() -> None:
         (modulation if place < 4 else weights).append(tensor.to("cuda", torch.bfloat16))
     w = BlockWeights(*weights)
     last = x[:, :, -rows:].contiguous(memory_format=torch.channels_last)
-    h, h_last = (_adaln_conv1x1(tensor, Modulation(*modulation), w, 1e-6) for tensor in (x, last))
+    h, h_last = (adaln_conv1x1(tensor, Modulation(*modulation), w, 1e-6) for tensor in (x, last))
     assert h.numel() > 2**31
     assert torch.equal(h[:, :, -rows:], h_last)
-    g, g_last = (_dwconv_gate_pool(tensor, w)[0] for tensor in (h, h_last))
+    g, g_last = (dwconv_gate_pool(tensor, w)[0] for tensor in (h, h_last))
     assert torch.equal(g[:, :, 1 - rows :], g_last[:, :, 1:])  # the first row lacks its neighbour above
     for function, full, part in ((simple_gate, h, h_last), (lambda t: adaln(t, *modulation[:2]), x, last)):
         assert torch.equal(function(full)[:, :, -rows:], function(part))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtpm_fast.kernels.block_compute import _wide
+from dtpm_fast.kernels.block_compute import wide
 from dtpm_fast.kernels.dispatch import WIDE, Table, options_of, table, using_table
 from dtpm_fast.kernels.wide_conv1x1_triton import launch
 
@@ -44,7 +44,7 @@ def random_inputs(use: str, samples: int, channels: int, height: int, width: int
 def call(use: str, inputs: dict[str, Any], kernel: str = "none") -> Tensor:
     given = dict(inputs)
     shift, scale = given.pop("shift"), given.pop("scale")
-    return _wide(
+    return wide(
         kernel,
         given.pop("x"),
         given.pop("weight"),

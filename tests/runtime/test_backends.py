@@ -15,7 +15,7 @@ from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.precision import choose_precision
 from dtpm_fast.runtime.reference import Reference
 from dtpm_fast.runtime.sampler import make_steps
-from dtpm_fast.runtime.tasks import InPlace
+from dtpm_fast.runtime.task_swap import TaskSwap
 
 CPU = torch.device("cpu")
 SIZES = [(1, 8, 8), (1, 40, 24), (2, 16, 56)]
@@ -61,7 +61,8 @@ def test_auto_says_what_it_took_and_why(random_model: Callable[..., tuple]) -> N
     steps = make_steps(config, 2)
     stepper, why = choose_backend("auto", model, steps, CPU, "float32")
     assert isinstance(stepper, Plan)
-    assert why.startswith("backend fused: chosen by auto, the fastest on a CPU; precision float32: as asked; blocks ")
+    start = "backend fused: chosen by auto, the fastest on a CPU; precision float32: as asked; "
+    assert why.startswith((f"{start}C++ blocks for ", f"{start}blocks in PyTorch"))
     gated, config = random_model(adapter_kind="gated")
     stepper, why = choose_backend("auto", gated, steps, CPU)
     assert isinstance(stepper, Reference)
@@ -201,7 +202,7 @@ def test_graph_replay_is_the_uncaptured_run_and_swaps(random_model: Callable[...
             assert torch.equal(graph.restore(y_d, noise), graph.plan.restore(y_d, noise))  # type: ignore[attr-defined]
         assert len(graph.graphs) == 2  # type: ignore[attr-defined]
         fresh = graph.plan.of(second.cuda(), graph.steps)  # type: ignore[attr-defined]
-        tasks = InPlace(graph.plan.tensors(), "first")  # type: ignore[attr-defined]
+        tasks = TaskSwap(graph.plan.tensors(), "first")  # type: ignore[attr-defined]
         tasks.add("second", fresh.tensors())
         tasks.take("second")
         for y_d, noise in pictures:

@@ -1,4 +1,4 @@
-"""The compiled blocks for CPUs: the float64 oracle by the kernels' rule, every instruction set, threads, refusals."""
+"""The C++ blocks for CPUs: the float64 oracle by the kernels' rule, every instruction set, threads, refusals."""
 
 import copy
 import os
@@ -57,7 +57,7 @@ def plain(block: DenoisingBlock, x: Tensor, rows: Sequence[Tensor], adapter: CGA
     return (out if adapter is None else adapter(out, y)).permute(0, 2, 3, 1)
 
 
-def compiled(
+def native(
     isa: str, block: DenoisingBlock, x: Tensor, rows: Sequence[Tensor], adapter: CGAdapter | None, y: Tensor
 ) -> Tensor:
     merged = None if adapter is None else MergedAdapter(adapter)
@@ -74,7 +74,7 @@ def compiled(
 def drawn(
     shape: tuple[int, ...], offset: float, adapted: bool
 ) -> tuple[DenoisingBlock, Tensor, list[Tensor], CGAdapter | None, Tensor]:
-    """What `plain` and `compiled` take: block, x, rows, adapter, y."""
+    """What `plain` and `native` take: block, x, rows, adapter, y."""
     block, (x, *rows) = inputs(*shape, offset)
     adapter = CGAdapter(shape[1], 0.25, "linear").requires_grad_(False) if adapted else None
     if adapter is not None:
@@ -107,7 +107,7 @@ def test_a_block_is_as_exact_as_eager(isa: str, lanes: int, shape: tuple[int, ..
         ours, eager, exact = [], [], []
         for _ in range(4):
             block, x, rows, adapter, y = drawn(shape, offset, adapted)
-            ours.append(compiled(isa, block, x, rows, adapter, y))
+            ours.append(native(isa, block, x, rows, adapter, y))
             eager.append(plain(block, x, rows, adapter, y))
             exact.append(plain_in(torch.float64, block, x, rows, adapter, y))
         assert error(ours, exact) <= 1.5 * error(eager, exact)
@@ -125,7 +125,7 @@ def test_a_block_with_rounded_products_is_more_exact_than_eager_bfloat16(
         ours, eager, exact = [], [], []
         for _ in range(4):
             block, x, rows, adapter, y = drawn(shape, offset, adapted)
-            ours.append(compiled(isa, block, x, rows, adapter, y))
+            ours.append(native(isa, block, x, rows, adapter, y))
             eager.append(plain_in(torch.bfloat16, block, x, rows, adapter, y))
             exact.append(plain_in(torch.float64, block, x, rows, adapter, y))
         assert error(ours, exact) <= 0.75 * error(eager, exact)
@@ -204,7 +204,7 @@ def test_no_bit_depends_on_the_number_of_threads(isa: str) -> None:
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            outputs.append(compiled(isa, block, x, rows, None, torch.zeros(2, 3, 70, 300)))
+            outputs.append(native(isa, block, x, rows, None, torch.zeros(2, 3, 70, 300)))
     finally:
         torch.set_num_threads(kept)
     assert all(torch.equal(output, outputs[0]) for output in outputs[1:])
@@ -297,10 +297,10 @@ def test_fused_says_which_blocks_run_and_falls_back_to_pytorch(
     steps = make_steps(config, 2)
     plan, why = choose_backend("fused", model, steps, torch.device("cpu"), "float32")
     assert isinstance(plan, Plan) and plan.form == "native"
-    assert why.endswith(f"blocks compiled for {native_form(model, torch.float32)}")
+    assert why.endswith(f"C++ blocks for {native_form(model, torch.float32)}")
     plan, why = choose_backend("fused", model, steps, torch.device("cpu"), "bfloat16")
     assert isinstance(plan, Plan) and plan.form == ("native" if native_form(model, torch.bfloat16) else "folded")
-    assert why.endswith(f"blocks compiled for {PAIRED[0]}" if plan.form == "native" else "blocks in PyTorch")
+    assert why.endswith(f"C++ blocks for {PAIRED[0]}" if plan.form == "native" else "blocks in PyTorch")
     odd, odd_config = random_model(width=18, adapter_ratio=0.5)
     plan, why = choose_backend("fused", odd, make_steps(odd_config, 2), torch.device("cpu"), "float32")
     assert isinstance(plan, Plan) and plan.form == "folded" and why.endswith("blocks in PyTorch")

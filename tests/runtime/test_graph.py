@@ -21,7 +21,7 @@ from dtpm_fast.runtime.graph import Graph
 from dtpm_fast.runtime.noise import noise_fields
 from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.sampler import make_steps
-from dtpm_fast.runtime.tasks import InPlace
+from dtpm_fast.runtime.task_swap import TaskSwap
 
 
 class Recording(TorchDispatchMode):
@@ -92,7 +92,7 @@ def test_replay_is_the_uncaptured_run_for_every_picture_and_after_a_swap(
             assert torch.equal(graph.restore(y_d, noise), plan.restore(y_d, noise))
         assert len(captures) == (len(shapes) if seed else 0)
     second, _ = random_model(seed=1, **settings)
-    tasks = InPlace(plan.tensors(), "first")
+    tasks = TaskSwap(plan.tensors(), "first")
     tasks.add("second", plan.of(second, plan.steps).tensors())
     tasks.take("second")
     fresh = Plan(second, steps)

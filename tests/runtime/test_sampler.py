@@ -60,7 +60,7 @@ class _Gaussian:
     def __init__(self, steps: Steps, s: float) -> None:
         self.steps, self.s = steps, s
 
-    def prepare(self, y_d: torch.Tensor, code: torch.Tensor | None = None) -> Conditions:
+    def prepare(self, y_d: torch.Tensor) -> Conditions:
         return {"y_eps": torch.zeros_like(y_d)}
 
     def step(

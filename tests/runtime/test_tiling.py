@@ -72,8 +72,7 @@ def test_tiles_give_the_untiled_picture_also_at_their_seams(random_model: Callab
     y_d, noise = smooth_picture(256, 384), noise_fields(0, 256, 384)
     with torch.inference_mode():
         whole = plan.restore(y_d, noise)
-        calls: list[int] = []
-        tiled = Tiled(plan, 128, model.multiple, overlap=32, advance=lambda: calls.append(1))
+        tiled = Tiled(plan, 128, model.multiple, overlap=32)
         difference = (tiled.restore(y_d, noise) - whole).double()
     assert psnr(difference) >= 50
     tiles = windows(256, 384, 128, model.multiple, 32)
@@ -83,7 +82,6 @@ def test_tiles_give_the_untiled_picture_also_at_their_seams(random_model: Callab
             assert psnr(difference[:, :, window.rows.core_start - 8 : window.rows.core_start + 8]) >= 50
         if window.columns.core_start:
             assert psnr(difference[..., window.columns.core_start - 8 : window.columns.core_start + 8]) >= 50
-    assert len(calls) == tiled.passes(256, 384)
 
 
 def test_one_window_is_the_plan_itself(random_model: Callable[..., tuple]) -> None:

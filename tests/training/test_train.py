@@ -308,6 +308,7 @@ def test_wrong_uses_are_one_line_each(photos, tmp_path, tiny, capsys):
     common = ["--data", str(photos), "--output", str(tmp_path / "x")]
     for flags in (
         ["--stage", "2"],
+        ["--stage", "1", "--prior", "light"],
         ["--stage", "1", "--synthetic", str(photos)],
         ["--stage", "1", "--split-file", "split.csv"],
         ["--stage", "2", "--task", "derain", "--smoothed", str(photos)],

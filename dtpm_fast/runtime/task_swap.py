@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class InPlace:
+class TaskSwap:
     """The tensors that run, and for every task known so far the values of those tensors that are not the same in all.
 
     Tasks of one prior differ in adapters, predictor and what is folded from them: a change copies megabytes, not the
@@ -34,9 +34,3 @@ class InPlace:
         """Put a known task's values in place."""
         for name, value in self.values[task].items():
             self.live[name].copy_(value)
-
-    @property
-    def bytes(self) -> int:
-        """Of the values that are kept for changing."""
-        kept = {id(value): value for values in self.values.values() for value in values.values()}
-        return sum(value.numel() * value.element_size() for value in kept.values())
