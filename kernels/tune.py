@@ -28,7 +28,7 @@ from tqdm import tqdm
 from dtpm_fast.atomic import atomic_path
 from dtpm_fast.errors import UserError
 from dtpm_fast.exit_code import run
-from dtpm_fast.kernels import block_compute
+from dtpm_fast.kernels import block_compute, dwconv_triton, wide_conv1x1_triton
 from dtpm_fast.kernels.block_compute import BlockWeights, Modulation
 from dtpm_fast.kernels.dispatch import ALWAYS, ANY, WIDE, Options, Table, read_table, table, using_table
 from dtpm_fast.kernels.traffic import block_inputs
@@ -121,13 +121,15 @@ def tune(jobs: list[Job], found: Table, ready: Callable[[Job], Any], keep: Calla
             ready(job)
             step = _steps(job.channels, DTYPES[job.bits])[job.kernel]
             tried = candidates(job)
-            timed = [(ms, options) for options in tried if (ms := _time(job.kernel, options, step))]
+            with using_table(found):  # a kernel competes with what this run has found best so far
+                timed = [(ms, options) for options in tried if (ms := _time(job.kernel, options, step))]
+                unfused = None if job.kernel in ALWAYS else _time(job.kernel, None, step) or float("inf")
             if len(timed) < len(tried):
                 progress.write(
                     f"{job.kernel} C={job.channels}: {len(tried) - len(timed)} of {len(tried)} tiles do not fit"
                 )
-            if job.kernel not in ALWAYS:
-                timed.append((_time(job.kernel, None, step) or float("inf"), {}))
+            if unfused is not None:
+                timed.append((unfused, {}))
             if not timed:
                 raise UserError(f"no tile size of {job.kernel} runs on this GPU at {job.channels} channels")
             best = min(timed, key=lambda entry: entry[0])[1] or None
@@ -167,6 +169,8 @@ def _alone(kernel: str, options: Options | None) -> Iterator[None]:
 
 def _compile(job: Job) -> None:
     """In another process: launch every candidate once on a small map, which leaves it in Triton's cache on disk."""
+    # Else the small map would get smaller tiles than those that are measured.
+    dwconv_triton.FEWEST_PROGRAMS = wide_conv1x1_triton.FEWEST_PROGRAMS = 1
     step = _steps(job.channels, DTYPES[job.bits], side=16, batch=1)[job.kernel]
     for options in candidates(job):
         with _alone(job.kernel, options):

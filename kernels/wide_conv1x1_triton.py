@@ -121,7 +121,8 @@ def wide_conv1x1_kernel(
         x = tl.load(rows + k, mask=in_p & in_k, other=0.0)
         if ADALN:
             shift, scale = load_modulation(shift_ptr, scale_ptr, shift_stride, scale_stride, k, in_k)
-            x = ((x.to(tl.float32) - mean) * rstd * scale + shift).to(x.dtype)
+            # Zero behind the last channel: in float16 -mean * rstd can be infinite there, and times a weight of 0 NaN.
+            x = tl.where(in_k, (x.to(tl.float32) - mean) * rstd * scale + shift, 0.0).to(x.dtype)
         if ATTENTION:
             x = (x.to(tl.float32) * load_row(attention_ptr + tl.program_id(1) * CHANNELS, k, in_k)).to(x.dtype)
         weight = load_columns(weight_ptr, n[:, None], k, OUTPUTS, CHANNELS)

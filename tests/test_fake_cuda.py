@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-from dtpm_fast.kernels import tune
+from dtpm_fast.kernels import dwconv_triton, tune, wide_conv1x1_triton
 from dtpm_fast.kernels.block_compute import BlockWeights, Modulation, block_backward, block_forward
 from dtpm_fast.kernels.device import INTERPRETED
 from dtpm_fast.kernels.dispatch import ALWAYS, WIDE, table, using_table
@@ -218,6 +218,40 @@ def test_what_the_tuner_times_is_its_kernel_or_the_form_without(
                     steps[job.kernel]()
                 assert (name in kernels) == (options is not None), job
                 assert kernels or others.names, job
+
+
+@pytest.mark.parametrize("channels", [64, 128, 512])
+@torch.no_grad()
+def test_what_is_compiled_ahead_is_what_the_tuner_times(
+    fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch, channels: int
+) -> None:
+    launched: set[tuple[str, frozenset[tuple[str, Any]]]] = set()
+
+    def record(kernel: JITFunction, *_: Any, **given: Any) -> None:
+        options = {name: value for name, value in given.items() if name.isupper() or name.startswith("num_")}
+        launched.add((kernel.fn.__name__, frozenset(options.items())))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for module in (dwconv_triton, wide_conv1x1_triton):  # `_compile` changes them, in a process of its own
+        monkeypatch.setattr(module, "FEWEST_PROGRAMS", module.FEWEST_PROGRAMS)
+    with fake:
+        steps = tune._steps(channels, torch.bfloat16)
+        for job in tune.jobs_of((channels,), (16,)):
+            if job.channels != channels:
+                continue
+            name = "wide_conv1x1_kernel" if job.kernel in WIDE else f"{job.kernel}_kernel"
+            launched.clear()
+            for options in tune.candidates(job):
+                with tune._alone(job.kernel, options):
+                    steps[job.kernel]()
+            timed = {launch for launch in launched if launch[0] == name}
+            launched.clear()
+            fewest = dwconv_triton.FEWEST_PROGRAMS, wide_conv1x1_triton.FEWEST_PROGRAMS
+            tune._compile(job)
+            dwconv_triton.FEWEST_PROGRAMS, wide_conv1x1_triton.FEWEST_PROGRAMS = fewest
+            assert bool(timed) == bool(tune.candidates(job)), job
+            assert timed <= launched, job
 
 
 @pytest.mark.parametrize("channels", [64, 512])

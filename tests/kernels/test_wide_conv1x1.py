@@ -118,6 +118,41 @@ def test_triton_by_the_rule(
     assert_as_exact_as_eager(draw, ["out"])
 
 
+ENTRY = {"conv1": "wide_adaln_conv1x1", "conv3": "wide_attention_conv1x1_residual", "conv4": "wide_adaln_conv1x1_gate"}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("shape", [(2, 160, 9, 31), (1, 256, 5, 24)])  # no tile divides the first
+def test_triton_with_the_table_in_use(
+    device: str,
+    dtype: torch.dtype,
+    use: str,
+    shape: tuple[int, int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    assert_as_exact_as_eager: Callable[..., None],
+) -> None:
+    kernel = ENTRY.get(use, "wide_conv1x1_residual")
+    if options_of(kernel, shape[1], dtype) is None:
+        pytest.skip(f"the table leaves {kernel} of {shape[1]} channels in {dtype} to cuBLAS")
+    monkeypatch.setattr("dtpm_fast.kernels.wide_conv1x1_triton.FEWEST_PROGRAMS", 1)
+
+    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        inputs = cast(random_inputs(use, *shape, 1.0), device, dtype)
+        ours = call(use, inputs, kernel)
+        return [ours], [eager(use, inputs)], [eager(use, cast(inputs, device, torch.float64))]
+
+    assert_as_exact_as_eager(draw, ["out"])
+
+
+def test_triton_of_equal_channels_is_finite(device: str, dtype: torch.dtype) -> None:
+    """A pixel whose channels are all equal has the largest rstd; behind the last channel nothing may overflow."""
+    inputs = cast(random_inputs("conv1", 1, 96, 2, 3, 0.0), device, dtype)
+    inputs["x"][:, :, 0, 0] = 100.0
+    with using_table(entries(TILES | {"BLOCK_K": 64})):
+        ours = call("conv1", inputs, "wide_adaln_conv1x1")
+    assert ours.isfinite().all()
+
+
 @pytest.mark.parametrize("use", USES)
 def test_without_the_kernel_it_is_the_definition(use: str) -> None:
     inputs = cast(random_inputs(use, 2, 12, 3, 5, 1.0), "cpu", torch.float64)
