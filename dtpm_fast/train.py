@@ -76,6 +76,8 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--prior, --synthetic and --split-file belong to --stage 2")
     if args.stage == 2 and args.smoothed:
         parser.error("--smoothed belongs to --stage 1")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output {args.output}: is a file; a run needs a folder")
     return args
 
 

@@ -28,7 +28,7 @@ from dtpm_fast.training.batches import Batch, Noisy, Pair, batches
 from dtpm_fast.training.checkpoints import locked, newest_state, save_state
 from dtpm_fast.training.determinism import determinism
 from dtpm_fast.training.ema import EMA
-from dtpm_fast.training.interrupt import interrupts_wait
+from dtpm_fast.training.interrupt import interrupts_wait, sigterm_as_ctrl_c
 from dtpm_fast.training.log import Log
 from dtpm_fast.training.meter import Meter, peak_memory
 from dtpm_fast.training.objective import Objective
@@ -61,13 +61,15 @@ def train(run: Run, resume: bool = False) -> Path:
 
     Processes that torchrun has started again resume what there is, whatever `resume` says.
 
-    Raises `UserError` when the run folder already holds a run and `resume` is off, when it holds one of another config,
-    when there is nothing to resume, when another process trains there, and when the loss is no longer a number (the
-    batch is saved).
+    Raises `UserError` when the run folder already holds a run, or its weights, and `resume` is off, when it holds one of
+    another config, when there is nothing to resume, when another process trains there, and when the loss is no longer a
+    number (the batch is saved).
     """
     with determinism(run.config.train.deterministic), run.world.joined(run.device) as again:
         trainer = Trainer(run)
-        with locked(run.folder) if run.world.leads else nullcontext():
+        # torchrun sends SIGTERM of its own, to the processes beside one that died.
+        stops = sigterm_as_ctrl_c() if run.world.size == 1 else nullcontext()
+        with stops, locked(run.folder) if run.world.leads else nullcontext():
             trainer.resume(None if again else resume)
             with Log(run.folder, run.model.stage, trainer.step, run.config.train.steps, not run.world.leads) as log:
                 try:
@@ -271,6 +273,10 @@ def _resumable(run: Run, resume: bool | None) -> dict[str, Any] | None:
     if state is None:
         if resume:
             raise UserError(f"{run.folder}: nothing to resume, no readable checkpoint in it")
+        if resume is False and (broken or any(run.folder.glob("weights*.safetensors"))):
+            raise UserError(
+                f"{run.folder}: holds an earlier run's weights and no checkpoint to go on from; choose another folder"
+            )
         return None
     if resume is False:
         raise UserError(

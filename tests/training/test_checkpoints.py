@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 
@@ -81,24 +82,37 @@ def ctrl_c():
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_an_interrupted_update_is_finished_before_it_is_saved(photos, tmp_path, tiny, capsys, monkeypatch):
-    """Ctrl-C between the new weights and their averages: what is saved is the state of a whole iteration."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_update_is_finished_before_it_is_saved(photos, tmp_path, tiny, capsys, monkeypatch, number):
+    """Ctrl-C or SIGTERM between the new weights and their averages: what is saved is the state of a whole iteration."""
     settings = [*tiny, "steps=4", "validation_images=0"]
     assert main(arguments(photos, tmp_path / "whole", settings)) == 0
     update = EMA.update
 
     def interrupted(self, step):
         if step == 2 and not list_states(tmp_path / "run"):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         update(self, step)
 
     monkeypatch.setattr(EMA, "update", interrupted)
     assert main(arguments(photos, tmp_path / "run", settings)) == 1
     assert "stopped at iteration 2; the state is saved" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert main(arguments(photos, tmp_path / "run", settings, "--resume")) == 0
     whole, resumed = (load_file(tmp_path / run / "weights.safetensors") for run in ("whole", "run"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_weights_without_a_checkpoint_are_not_trained_over(photos, tmp_path, tiny, capsys):
+    settings = [*tiny, "steps=1", "validation_images=0"]
+    run = tmp_path / "run"
+    assert main(arguments(photos, run, settings)) == 0
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "weights.safetensors").read_bytes()
+    assert main(arguments(photos, run, settings)) == 1
+    assert "holds an earlier run's weights" in capsys.readouterr().err
+    assert (run / "weights.safetensors").read_bytes() == before
 
 
 def test_states_that_cannot_be_read_do_not_drive_out_new_ones(tmp_path):
