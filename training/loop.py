@@ -61,9 +61,9 @@ def train(run: Run, resume: bool = False) -> Path:
 
     Processes that torchrun has started again resume what there is, whatever `resume` says.
 
-    Raises `UserError` when the run folder already holds a run, or its weights, and `resume` is off, when it holds one of
-    another config, when there is nothing to resume, when another process trains there, and when the loss is no longer a
-    number (the batch is saved).
+    Raises `UserError` when the run folder already holds a run, or its weights, and `resume` is off, when it holds one
+    of another config, when there is nothing to resume, when another process trains there, and when the loss is no
+    longer a number (the batch is saved).
     """
     with determinism(run.config.train.deterministic), run.world.joined(run.device) as again:
         trainer = Trainer(run)
