@@ -18,7 +18,6 @@ import copy
 import itertools
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -40,6 +39,7 @@ from tqdm import tqdm
 import dtpm_fast.model.block
 from dtpm_fast.atomic import atomic_path
 from dtpm_fast.config import Config
+from dtpm_fast.cores import cpu_name
 from dtpm_fast.device import choose_device
 from dtpm_fast.diffusion import restore
 from dtpm_fast.errors import UserError
@@ -144,6 +144,7 @@ def _measure(
     tall, wide = (-(-side // multiple) * multiple for side in (height, width))
     y_d = torch.rand(options.batch, 3, tall, wide, generator=torch.Generator().manual_seed(0)) * 2 - 1
     noise = noise_fields(0, tall, wide)
+    torch.compiler.reset()  # what another size compiled must not make this one compile for any size
     runs = {name: _row(name, model, config, steps, device) for name in rows}
     times: dict[str, list[float]] = {}
     warm, exact, psnrs, peaks = {}, None, {}, {}
@@ -197,7 +198,7 @@ def _row(name: str, model: DTPM, config: Config, steps: int, device: torch.devic
     table = make_steps(config, steps)
     if kind in ("eager", "reduce-overhead"):
         return _eager(Reference(model, table), getattr(torch, precision), device, kind == "reduce-overhead")
-    if kind == "folded":  # the plan in PyTorch's operators, what `fused` is without the compiled blocks
+    if kind == "folded":  # the plan in PyTorch's operators, what `fused` is without the C++ blocks
         folded = Plan(model, table, getattr(torch, precision))
         return lambda y_d, noise: folded.restore(y_d.contiguous(memory_format=torch.channels_last), noise)
     stepper, _ = choose_backend(kind, model, table, device, precision or "auto")
@@ -496,13 +497,7 @@ def _product_rate(side: int = 1024) -> float:
 
 
 def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def _synchronize(device: torch.device) -> None:

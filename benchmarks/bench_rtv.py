@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from rtv_reference import rtv_matrix, rtv_reference, rtv_weights
 
 from dtpm_fast import _rtv, rtv_smooth
+from dtpm_fast.cores import cpu_name
 from dtpm_fast.images import read_image
 from dtpm_fast.smoothing import cuda_unavailable
 
@@ -245,14 +246,6 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
     result = work()
     return result, time.perf_counter() - start
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

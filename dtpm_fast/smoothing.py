@@ -47,6 +47,39 @@ class SmoothInfo(NamedTuple):
     residuals: np.ndarray  # float: residual at the end, relative to the right-hand side, in the preconditioner's norm
 
 
+class _Settings(NamedTuple):
+    """What `rtv_smooth` takes under the same names."""
+
+    lam: float
+    sigma: float
+    sharpness: float
+    iterations: int
+    solver: str
+    mode: str
+    tol: float
+
+    def check(self) -> None:
+        for name, valid, wanted in (
+            ("lam", self.lam >= 0, ">= 0"),
+            ("sigma", 0 < self.sigma <= LARGEST_SIGMA, f"> 0 and at most {LARGEST_SIGMA:g}"),
+            ("sharpness", self.sharpness > 0, "> 0"),
+            ("iterations", self.iterations >= 1, ">= 1"),
+            ("tol", self.tol > 0, "> 0"),
+        ):
+            value = getattr(self, name)
+            if not valid or not math.isfinite(value):
+                raise ValueError(f"{name}={value!r}; it must be {wanted}")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver={self.solver!r}; use one of {', '.join(SOLVERS)}")
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode!r}; use one of {', '.join(MODES)}")
+
+    def for_pictures(self, shape: tuple[int, ...]) -> "_Settings":
+        """`tol` bounds a mean over the picture; in a small one a single pixel can be further off within it."""
+        height, width = shape if len(shape) == 2 else shape[-3:-1]
+        return self._replace(tol=self.tol / 4) if height * width < SMALL_PICTURE else self
+
+
 def rtv_smooth(
     image: Any,
     lam: float = 0.01,
@@ -89,60 +122,11 @@ def rtv_smooth(
     GIL; safe in threads and in forked worker processes. Raises TypeError (dtype), ValueError (shape or a parameter's
     value, NaN or infinity in the picture), RuntimeError (a solve did not converge: weights out of range; no GPU).
     """
+    settings = _Settings(lam, sigma, sharpness, iterations, solver, mode, tol)
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(image, torch.Tensor):
-        if out is not None and not (
-            isinstance(out, torch.Tensor)
-            and (out.shape, out.dtype, out.device) == (image.shape, image.dtype, image.device)
-        ):
-            raise ValueError(f"out must be a tensor like image: {tuple(image.shape)}, {image.dtype}, {image.device}")
-        if image.is_cuda or device != "cpu":
-            where = image.device if image.is_cuda else device
-            result, info = _smooth_cuda(image, lam, sigma, sharpness, iterations, solver, mode, tol, where)
-            if out is not None or not image.is_cuda:
-                result = (torch.empty_like(image) if out is None else out).copy_(result)
-            return (result, info) if return_info else result
-        result, info = rtv_smooth(
-            image.detach().numpy(), lam, sigma, sharpness, iterations, solver=solver, mode=mode, tol=tol,
-            threads=threads, out=None if out is None else out.numpy(), return_info=True,
-        )  # fmt: skip
-        result = torch.from_numpy(result) if out is None else out
-        return (result, info) if return_info else result
-
-    array = np.asarray(image)
-    _check(array, out, lam, sigma, sharpness, iterations, solver, mode, tol, device, threads)
-    if out is None:
-        out = np.empty(array.shape, array.dtype)
-    if device != "cpu":
-        reason = cuda_unavailable(device)
-        if reason:
-            raise RuntimeError(f"device={device!r}: {reason}")
-        import torch as torch_
-
-        given = torch_.from_numpy(np.require(array, requirements=["C", "W"]))
-        with torch_.cuda.device(device), torch_.cuda.stream(_own_stream()):
-            tensor, info = _smooth_cuda(given, lam, sigma, sharpness, iterations, solver, mode, tol, device)
-            out[...] = tensor.cpu().numpy()
-        return (out, info) if return_info else out
-    reports = _rtv.smooth(
-        _as_batch(array),
-        _as_batch(out),
-        lam=lam,
-        sigma=sigma,
-        sharpness=sharpness,
-        iterations=iterations,
-        solver=solver,
-        mode=mode,
-        tol=_tolerance(tol, array.shape),
-        threads=threads or _free_threads(1 if array.ndim < 4 else len(array)),
-        isa=os.environ.get("DTPM_FAST_RTV_ISA", "auto"),
-    )
-    if not return_info:
-        return out
-    return out, SmoothInfo(
-        np.array([[iterations for iterations, _ in report] for report in reports]),
-        np.array([[residual for _, residual in report] for report in reports]),
-    )
+    smooth = _smooth_tensor if torch is not None and isinstance(image, torch.Tensor) else _smooth_array
+    result, info = smooth(image, settings, device, threads, out)
+    return (result, info) if return_info else result
 
 
 def cuda_unavailable(device: "torch.device | str" = "cuda") -> str | None:
@@ -161,6 +145,55 @@ def cuda_unavailable(device: "torch.device | str" = "cuda") -> str | None:
     return None
 
 
+def _smooth_tensor(
+    image: "torch.Tensor", settings: _Settings, device: str, threads: int, out: Any
+) -> "tuple[torch.Tensor, SmoothInfo]":
+    import torch
+
+    if out is not None and not (
+        isinstance(out, torch.Tensor) and (out.shape, out.dtype, out.device) == (image.shape, image.dtype, image.device)
+    ):
+        raise ValueError(f"out must be a tensor like image: {tuple(image.shape)}, {image.dtype}, {image.device}")
+    if image.is_cuda or device != "cpu":
+        result, info = _smooth_cuda(image, settings, image.device if image.is_cuda else device)
+        if out is not None or not image.is_cuda:
+            result = (torch.empty_like(image) if out is None else out).copy_(result)
+        return result, info
+    array, info = _smooth_array(image.detach().numpy(), settings, device, threads, None if out is None else out.numpy())
+    return torch.from_numpy(array) if out is None else out, info
+
+
+def _smooth_array(
+    image: Any, settings: _Settings, device: str, threads: int, out: Any
+) -> tuple[np.ndarray, SmoothInfo]:
+    array = np.asarray(image)
+    _check(array, out, settings, device, threads)
+    if out is None:
+        out = np.empty(array.shape, array.dtype)
+    if device != "cpu":
+        reason = cuda_unavailable(device)
+        if reason:
+            raise RuntimeError(f"device={device!r}: {reason}")
+        import torch
+
+        given = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        with torch.cuda.device(device), torch.cuda.stream(_own_stream()):
+            tensor, info = _smooth_cuda(given, settings, device)
+            out[...] = tensor.cpu().numpy()
+        return out, info
+    reports = _rtv.smooth(
+        _as_batch(array),
+        _as_batch(out),
+        **settings.for_pictures(array.shape)._asdict(),
+        threads=threads or _free_threads(1 if array.ndim < 4 else len(array)),
+        isa=os.environ.get("DTPM_FAST_RTV_ISA", "auto"),
+    )
+    return out, SmoothInfo(
+        np.array([[iterations for iterations, _ in report] for report in reports]),
+        np.array([[residual for _, residual in report] for report in reports]),
+    )
+
+
 def _own_stream() -> "torch.cuda.Stream":
     """The calling thread's own on the current device. Threads share the one that PyTorch gives them, where the few
     crops of one's photo, a multiprocessor each, would wait for those of another's."""
@@ -173,15 +206,7 @@ def _own_stream() -> "torch.cuda.Stream":
 
 
 def _smooth_cuda(
-    image: "torch.Tensor",
-    lam: float,
-    sigma: float,
-    sharpness: float,
-    iterations: int,
-    solver: str,
-    mode: str,
-    tol: float,
-    device: "torch.device | str",
+    image: "torch.Tensor", settings: _Settings, device: "torch.device | str"
 ) -> "tuple[torch.Tensor, SmoothInfo]":
     """On `device`; the result stays there."""
     import torch
@@ -196,7 +221,8 @@ def _smooth_cuda(
     if image.dtype not in tops:
         raise TypeError(f"image has dtype {image.dtype}; use uint8, uint16, float32 or float64")
     _check_shape(tuple(image.shape))
-    _check_parameters(lam, sigma, sharpness, iterations, solver, mode, tol, 0)
+    settings.check()
+    lam, sigma, sharpness, iterations, solver, mode, tol = settings.for_pictures(tuple(image.shape))
     if solver != "mic" or mode != "exact":
         raise ValueError(f"solver={solver!r}, mode={mode!r}: on CUDA only solver='mic' with mode='exact'; use the CPU")
     if sigma > CUDA_LARGEST_SIGMA:
@@ -224,8 +250,8 @@ def _smooth_cuda(
         for first in range(0, count, part):
             _rtv_cuda.smooth(
                 planes[first].data_ptr(), workspace.data_ptr(), reports[first].data_ptr(), real == torch.float64,
-                min(part, count - first), channels, height, width, lam, sigma, sharpness, iterations,
-                _tolerance(tol, tuple(image.shape)), torch.cuda.current_stream().cuda_stream,
+                min(part, count - first), channels, height, width, lam, sigma, sharpness, iterations, tol,
+                torch.cuda.current_stream().cuda_stream,
             )  # fmt: skip
     table = reports.cpu()  # waits for the result
     info = SmoothInfo(table[..., 0].numpy(), table[..., 1].contiguous().view(torch.float32).numpy())
@@ -239,26 +265,16 @@ def _smooth_cuda(
     return planes.permute(0, 2, 3, 1).to(image.dtype).reshape(image.shape), info
 
 
-def _check(
-    array: np.ndarray,
-    out: Any,
-    lam: float,
-    sigma: float,
-    sharpness: float,
-    iterations: int,
-    solver: str,
-    mode: str,
-    tol: float,
-    device: str,
-    threads: int,
-) -> None:
+def _check(array: np.ndarray, out: Any, settings: _Settings, device: str, threads: int) -> None:
     if array.dtype not in DTYPES:
         raise TypeError(f"image has dtype {array.dtype}; use uint8, uint16, float32 or float64")
     _check_shape(array.shape)
-    _check_parameters(lam, sigma, sharpness, iterations, solver, mode, tol, threads)
+    settings.check()
+    if not (threads >= 0 and math.isfinite(threads)):
+        raise ValueError(f"threads={threads!r}; it must be >= 0")
     if array.dtype.kind == "f":
         _check_range(float(array.min()), float(array.max()))
-    if solver == "direct":
+    if settings.solver == "direct":
         height, width = array.shape if array.ndim == 2 else array.shape[-3:-1]
         needed = 8 * height * width * (min(height, width) + 1)
         if needed > DIRECT_BYTES:
@@ -291,25 +307,6 @@ def _check_range(low: float, high: float) -> None:
         raise ValueError(f"image has values from {low:g} to {high:g}; scale it to [0, 1]")
 
 
-def _check_parameters(
-    lam: float, sigma: float, sharpness: float, iterations: int, solver: str, mode: str, tol: float, threads: int
-) -> None:
-    for name, value, valid, wanted in (
-        ("lam", lam, lam >= 0, ">= 0"),
-        ("sigma", sigma, 0 < sigma <= LARGEST_SIGMA, f"> 0 and at most {LARGEST_SIGMA:g}"),
-        ("sharpness", sharpness, sharpness > 0, "> 0"),
-        ("iterations", iterations, iterations >= 1, ">= 1"),
-        ("tol", tol, tol > 0, "> 0"),
-        ("threads", threads, threads >= 0, ">= 0"),
-    ):
-        if not valid or not math.isfinite(value):
-            raise ValueError(f"{name}={value!r}; it must be {wanted}")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r}; use one of {', '.join(SOLVERS)}")
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r}; use one of {', '.join(MODES)}")
-
-
 def _free_threads(pictures: int) -> int:
     """One per CPU that this process may use. With fewer pictures than that, several threads share one and wait for each
     other: for them no more than there are idle CPUs beside the pictures' own."""
@@ -326,12 +323,6 @@ def _runnable() -> int:
         return max(1, int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]))
     except (OSError, ValueError, IndexError):
         return 1
-
-
-def _tolerance(tol: float, shape: tuple[int, ...]) -> float:
-    """`tol` bounds a mean over the picture; in a small one a single pixel can be further off within it."""
-    height, width = shape if len(shape) == 2 else shape[-3:-1]
-    return tol / 4 if height * width < SMALL_PICTURE else tol
 
 
 def _as_batch(array: np.ndarray) -> np.ndarray:

@@ -23,13 +23,13 @@ from dtpm_fast.errors import UserError
 from dtpm_fast.metrics import niqe as niqe_module
 from dtpm_fast.metrics import perceptual
 from dtpm_fast.metrics.__main__ import main as metrics_main
-from dtpm_fast.metrics.backbones import Backbone, BackboneMissing
 from dtpm_fast.metrics.curve import write_curve
 from dtpm_fast.metrics.distortion import PSNR_MAX, luma, psnr
 from dtpm_fast.metrics.niqe import Niqe
 from dtpm_fast.metrics.perceptual import Lpips, PatchFid, cut_patches
 from dtpm_fast.metrics.protocols import PROTOCOLS, default_protocol, weatherdiff_size
 from dtpm_fast.metrics.texture import remove_texture
+from dtpm_fast.pretrained import Backbone, BackboneMissing
 
 CPU = torch.device("cpu")
 

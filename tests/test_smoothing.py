@@ -176,7 +176,12 @@ def test_pictures_share_idle_cores_only(
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(smoothing, "_runnable", lambda: runnable)
     asked = []
-    monkeypatch.setattr(_rtv, "smooth", lambda *_, threads, **__: asked.append(threads))
+
+    def smooth(*_: object, threads: int, **__: object) -> list[list[tuple[int, float]]]:
+        asked.append(threads)
+        return []
+
+    monkeypatch.setattr(_rtv, "smooth", smooth)
     rtv_smooth(np.zeros((pictures_, 8, 8, 3), np.float32))
     assert asked == [expected]
 

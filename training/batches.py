@@ -9,13 +9,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from dtpm_fast.config import Config
 from dtpm_fast.cores import usable_cores
-from dtpm_fast.data.crops import sample_rng
+from dtpm_fast.data.crops import Stream, sample_rng
 from dtpm_fast.diffusion import sample_gamma
 from dtpm_fast.training.world import World
 
 Pair = tuple[Tensor, Tensor]
 Batch = list[Tensor]  # first and second picture, eps: (B, 3, H, W); gamma: (B,)
-NOISE = 2  # the stream of a sample's generator; 0 draws its crop, 1 its source
 
 
 def batches(data: Dataset[Pair], config: Config, first: int, world: World, pin_memory: bool = False) -> Iterator[Batch]:
@@ -39,7 +38,7 @@ class Noisy(Dataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         first, second = self.pairs[index]
-        seed = sample_rng(self.config.train.seed, index, NOISE).integers(2**32)
+        seed = sample_rng(self.config.train.seed, index, Stream.NOISE).integers(2**32)
         generator = torch.Generator().manual_seed(int(seed))
         gamma = sample_gamma(1, self.config.diffusion, generator)[0]
         return first, second, torch.randn(first.shape, generator=generator), gamma

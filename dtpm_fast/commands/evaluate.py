@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import hashlib
 import json
 import logging
 import os
@@ -19,8 +18,11 @@ from tqdm import tqdm
 from dtpm_fast import __version__
 from dtpm_fast.atomic import atomic_path
 from dtpm_fast.commands.tile import add_tile
+from dtpm_fast.cores import cpu_name
 from dtpm_fast.data.layouts import SPLITS, find_pairs
+from dtpm_fast.data.pictures import check_pairs
 from dtpm_fast.exit_code import run
+from dtpm_fast.images import SUFFIXES
 from dtpm_fast.tasks import TASKS
 
 if TYPE_CHECKING:  # they import torch: not for --help or a mistyped path
@@ -30,8 +32,10 @@ if TYPE_CHECKING:  # they import torch: not for --help or a mistyped path
     from dtpm_fast.metrics.evaluation import Method, Row, Scored
     from dtpm_fast.metrics.niqe import Niqe
     from dtpm_fast.metrics.perceptual import Lpips, PatchFid
+    from dtpm_fast.metrics.protocols import Protocol
     from dtpm_fast.report import Case
     from dtpm_fast.training.world import World
+    from dtpm_fast.weights_file import Weights
 
 EXAMPLE = """examples:
   dtpm-evaluate --task derain --data rain100L --split-file split.csv --json result.json --report result.html
@@ -99,11 +103,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--steps: a number of steps is given twice")
     if options.curve and len(options.steps) < 2:
         parser.error("--curve: needs two numbers of steps at least, as in --steps 4 10 50")
+    taken = {os.path.realpath(options.weights): "--weights"}
+    if options.split_file:
+        taken[os.path.realpath(options.split_file)] = "--split-file"
     for flag in ("json", "csv", "report", "curve"):
         path = getattr(options, flag)
-        if path is not None and path.is_dir():
+        if path is None:
+            continue
+        if path.is_dir():
             parser.error(f"--{flag} {path}: is a folder, give a file name")
-        folder = next(p for p in path.absolute().parents if p.exists()) if path is not None else Path()
+        if path.suffix.lower() in SUFFIXES:
+            parser.error(f"--{flag} {path}: has the name of a picture")
+        if other := taken.get(os.path.realpath(path)):
+            parser.error(f"--{flag} {path}: is {other} as well, and would replace it")
+        taken[os.path.realpath(path)] = f"--{flag}"
+        folder = next(p for p in path.absolute().parents if p.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             parser.error(f"--{flag} {path}: cannot be written, {folder} is no folder that you may write in")
     command = shlex.join(["dtpm-evaluate", *(sys.argv[1:] if arguments is None else arguments)])
@@ -128,13 +142,14 @@ def _measure(options: argparse.Namespace, command: str, found: "Pairs", world: "
     """Every process scores its share of the pictures; rank 0 writes."""
     pairs = found.pairs[: options.limit]
 
-    from dtpm_fast.metrics.evaluation import INPUT, check_sizes, mean_figures, score
+    from dtpm_fast.metrics.evaluation import INPUT, mean_figures, score
     from dtpm_fast.metrics.paper_tables import comparison
     from dtpm_fast.metrics.protocols import PROTOCOLS, default_protocol
     from dtpm_fast.report import evenly
     from dtpm_fast.runtime.shipped import find_weights
 
-    check_sizes(pairs)
+    if share := pairs[world.rank :: world.size]:  # a broken picture at the end would cost all figures
+        check_pairs(share)
     protocol = PROTOCOLS[options.protocol or default_protocol(options.task)]
     weights = find_weights(options.weights, options.task)
     methods, device, restorers = _methods(options)
@@ -163,33 +178,7 @@ def _measure(options: argparse.Namespace, command: str, found: "Pairs", world: "
         means[name]["fid"] = distance
 
     table = comparison(options.task, protocol, means, len(rows), str(options.data), options.note)
-    facts: dict[str, Any] = {
-        "command": command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "task": options.task,
-        "data": str(options.data),
-        "layout": found.layout,
-        "split": options.split,
-        "split_file": str(options.split_file) if options.split_file else None,
-        "images": len(rows),
-        "protocol": {
-            "name": protocol.name,
-            "about": protocol.about,
-            "psnr": protocol.headline[0],
-            "ssim": protocol.headline[1],
-        },
-        "steps": options.steps,
-        "seed": options.seed,
-        "tile": options.tile or "none",
-        "note": options.note,
-        "weights": {
-            "file": weights.path.name,
-            "sha256": hashlib.sha256(weights.path.read_bytes()).hexdigest(),
-            "task": weights.task,
-            "trained": weights.trained,
-            "config": json.loads(weights.config.to_json()),
-        },
-        "device": _device_name(device),
+    facts = _asked(options, command, found, weights, protocol, device) | {
         "processes": world.size,
         "restorers": restorers,
         "versions": _versions(),
@@ -209,6 +198,47 @@ def _measure(options: argparse.Namespace, command: str, found: "Pairs", world: "
     print(table)  # last: the files are there, whatever becomes of the output
     print(f"- Weights {weights.path.name}, {facts['device']}, {facts['date'][:10]}: `{command}`", flush=True)
     return 0
+
+
+def _asked(
+    options: argparse.Namespace,
+    command: str,
+    found: "Pairs",
+    weights: "Weights",
+    protocol: "Protocol",
+    device: "torch.device",
+) -> dict[str, Any]:
+    """What is measured, and on what."""
+    from dtpm_fast.weights_file import sha256
+
+    return {
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "task": options.task,
+        "data": str(options.data),
+        "layout": found.layout,
+        "split": options.split,
+        "split_file": str(options.split_file) if options.split_file else None,
+        "images": len(found.pairs[: options.limit]),
+        "protocol": {
+            "name": protocol.name,
+            "about": protocol.about,
+            "psnr": protocol.headline[0],
+            "ssim": protocol.headline[1],
+        },
+        "steps": options.steps,
+        "seed": options.seed,
+        "tile": options.tile or "none",
+        "note": options.note,
+        "weights": {
+            "file": weights.path.name,
+            "sha256": sha256(weights.path),
+            "task": weights.task,
+            "trained": weights.trained,
+            "config": json.loads(weights.config.to_json()),
+        },
+        "device": _device_name(device),
+    }
 
 
 def _methods(options: argparse.Namespace) -> tuple[dict[str, "Method"], "torch.device", list[str]]:
@@ -242,9 +272,9 @@ def _perceptual(
     options: argparse.Namespace, methods: list[str], device: "torch.device"
 ) -> tuple["Lpips | None", "PatchFid | None", "Niqe | None", list[str]]:
     """The metrics that need a file, and a line for each that was wanted and is left out."""
-    from dtpm_fast.metrics.backbones import BackboneMissing
     from dtpm_fast.metrics.niqe import Niqe
     from dtpm_fast.metrics.perceptual import Lpips, PatchFid
+    from dtpm_fast.pretrained import BackboneMissing
 
     left_out: list[str] = []
 
@@ -323,12 +353,7 @@ def _device_name(device: "torch.device") -> str:
 
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda})"
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def _versions() -> dict[str, str]:

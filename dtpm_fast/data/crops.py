@@ -15,6 +15,7 @@ fall) or "none". `rotate45=True` also turns every second sample by 45 degrees (b
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +38,6 @@ from dtpm_fast.smoothing import rtv_smooth
 from dtpm_fast.tasks import check_task
 
 Augment = Literal["all", "flip", "none"]
-CLEAN = 3  # the stream that decides which samples are clean; 0 draws a crop, 1 its source, 2 its noise
 Photos = Path | str | Sequence[Path]
 
 
@@ -224,7 +224,7 @@ class MixedCrops(Dataset[tuple[Tensor, Tensor]]):
         self.seed = seed
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        draw = sample_rng(self.seed, index, stream=1).random() * self.cumulative[-1]
+        draw = sample_rng(self.seed, index, Stream.SOURCE).random() * self.cumulative[-1]
         return self.sources[int(np.searchsorted(self.cumulative, draw, side="right"))][index]
 
 
@@ -241,7 +241,7 @@ class SomeClean(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         degraded, clean = self.pairs[index]
-        return (clean if sample_rng(self.seed, index, CLEAN).random() < self.share else degraded), clean
+        return (clean if sample_rng(self.seed, index, Stream.CLEAN).random() < self.share else degraded), clean
 
 
 @dataclass(frozen=True)
@@ -287,11 +287,20 @@ class Window:
         return np.ascontiguousarray(np.rot90(piece, self.quarter_turns))
 
 
-def sample_rng(seed: int, index: int, stream: int = 0) -> np.random.Generator:
+class Stream(IntEnum):
+    """What a sample draws independently of the rest of it."""
+
+    CROP = 0  # the picture, the window, the degradation
+    SOURCE = 1  # of mixed data sets
+    NOISE = 2  # eps and gamma
+    CLEAN = 3  # whether the degraded picture is the clean one
+
+
+def sample_rng(seed: int, index: int, stream: Stream = Stream.CROP) -> np.random.Generator:
     """The generator of one sample. Raises `IndexError` for a negative index: there is no end to count from."""
     if index < 0:
         raise IndexError(f"sample index {index}: must be 0 or more")
-    return np.random.default_rng([seed, index] if stream == 0 else [seed, index, stream])
+    return np.random.default_rng([seed, index] if stream == Stream.CROP else [seed, index, stream])
 
 
 def to_tensor(picture: np.ndarray) -> Tensor:

@@ -105,7 +105,7 @@ def check_pairs(pairs: Sequence[tuple[Path, Path]], cache: PictureCache | None =
     """Decode every picture of every pair once (into `cache`, while it has room). Raises `UserError` naming the first
     broken picture or pair of different sizes, or when there is no pair."""
     if not pairs:
-        raise UserError("no pairs to train on: the list is empty")
+        raise UserError("no pairs: the list is empty")
     cache = cache or PictureCache(0)
     paths = [path for pair in pairs for path in pair]
     shapes = [picture.shape for picture in _decoded(paths, cache, "checking pairs")]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dtpm_fast.data.pictures import different_sizes
 from dtpm_fast.errors import UserError
-from dtpm_fast.images import image_size, read_image
+from dtpm_fast.images import read_image
 from dtpm_fast.metrics.niqe import Niqe
 from dtpm_fast.metrics.perceptual import Lpips, PatchFid
 from dtpm_fast.metrics.protocols import Protocol
@@ -76,14 +76,6 @@ def score(
             fid.update(images, y_g)
         height, width = y_g.shape[-2:]
         yield Scored(Row(str(degraded_path.relative_to(common)), width, height, figures), images, y_g)
-
-
-def check_sizes(pairs: Sequence[tuple[Path, Path]]) -> None:
-    """Raises `UserError` naming the first pair whose pictures differ in size, or that is none, by headers alone."""
-    for degraded, target in pairs:
-        sizes = [(*image_size(path), 3) for path in (degraded, target)]
-        if sizes[0] != sizes[1]:
-            raise UserError(different_sizes(degraded, sizes[0], target, sizes[1]))
 
 
 def mean_figures(rows: Sequence[Row]) -> dict[str, dict[str, float]]:

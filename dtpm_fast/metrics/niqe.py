@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtpm_fast.errors import UserError
-from dtpm_fast.metrics.backbones import Backbone
 from dtpm_fast.metrics.distortion import luma
+from dtpm_fast.pretrained import Backbone
 
 PRISTINE = Backbone(
     "NIQE",

@@ -11,7 +11,7 @@ from torchmetrics.functional.image.lpips import _LPIPS
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dtpm_fast.errors import UserError
-from dtpm_fast.metrics.backbones import Backbone, BackboneMissing
+from dtpm_fast.pretrained import Backbone, BackboneMissing
 
 ALEXNET = Backbone(
     "LPIPS", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "7be5be79", "DTPM_ALEXNET"

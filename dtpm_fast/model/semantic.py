@@ -1,7 +1,5 @@
 """The semantic code: the pooled feature of an image encoder, frozen, that tells the denoiser what it is looking at."""
 
-import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -12,11 +10,16 @@ from torch import Tensor, nn
 
 from dtpm_fast.errors import UserError
 from dtpm_fast.model.mobilenet import CHANNELS, mobilenet_v3_small_trunk
+from dtpm_fast.pretrained import Backbone
 
 COMPACT_FILE = Path(__file__).parent.parent / "weights" / "compact.safetensors"
-# torchvision's IMAGENET1K_V1 weights; the name carries the first 8 digits of the file's SHA-256.
-RESNET18_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
-RESNET18_SHA256_PREFIX = "f37072fd"
+RESNET18 = Backbone(  # torchvision's IMAGENET1K_V1 weights
+    "ResNet-18 for the semantic code",
+    "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+    "f37072fd",
+    "DTPM_RESNET18",
+    without="has no weights",
+)
 
 
 class SemanticEncoder(nn.Module):
@@ -81,27 +84,11 @@ def load_resnet18(file: Path | str | None = None) -> dict[str, Tensor]:
     From `file`, else from the file that DTPM_RESNET18 names, else downloaded once into torch's hub cache. Raises
     `UserError` when there is neither network nor file, or the file is another one.
     """
-    file = file or os.environ.get("DTPM_RESNET18")
     try:
-        if file is not None:
-            digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-            if not digest.startswith(RESNET18_SHA256_PREFIX):
-                raise UserError(
-                    f"{file}: is not torchvision's {Path(RESNET18_URL).name} "
-                    f"(SHA-256 {digest[:8]}..., expected {RESNET18_SHA256_PREFIX}...)"
-                )
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        else:
-            state = torch.hub.load_state_dict_from_url(
-                RESNET18_URL, map_location="cpu", check_hash=True, weights_only=True
-            )
-    except (OSError, RuntimeError) as error:
-        where = str(file) if file is not None else RESNET18_URL
-        raise UserError(
-            f"ResNet-18 for the semantic code: {where} cannot be read ({error}). Download {RESNET18_URL} on a machine "
-            f"with a network and set DTPM_RESNET18 to the file, or train with --set semantic_code=compact"
-        ) from error
-    return resnet18_trunk_state(state)
+        path = RESNET18.find(file)
+    except UserError as error:
+        raise UserError(f"{error}, or train with --set semantic_code=compact") from error
+    return resnet18_trunk_state(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def resnet18_trunk_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

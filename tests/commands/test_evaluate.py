@@ -268,6 +268,9 @@ def test_bad_input_is_one_line_and_writes_nothing(
     Image.new("RGB", (5, 5)).save(pairs / "test" / "target" / "b.png")
     monkeypatch.setattr("dtpm_fast.metrics.evaluation.read_image", lambda path: pytest.fail("a picture was scored"))
     assert "b.png: 37x19 pixels, but its target" in error("--data", str(pairs))
+    broken = pairs / "test" / "target" / "b.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    assert "b.png: not a readable picture" in error("--data", str(pairs))
 
 
 def test_a_reader_that_has_gone_costs_no_file(pairs: Path, weights: str, tmp_path: Path) -> None:
@@ -293,6 +296,9 @@ def test_a_reader_that_has_gone_costs_no_file(pairs: Path, weights: str, tmp_pat
         ["--json", "."],
         ["--json", f"{__file__}/figures.json"],
         ["--curve", "c.svg"],
+        ["--json", "photo.png"],
+        ["--json", "figures", "--csv", "./figures"],
+        ["--split-file", "list.txt", "--csv", "list.txt"],
     ],
 )
 def test_bad_usage(arguments: list[str], pairs: Path) -> None:

@@ -12,7 +12,7 @@ from dtpm_fast.config import Config
 from dtpm_fast.errors import UserError
 from dtpm_fast.model.dtpm import DTPM, load_semantic_weights
 from dtpm_fast.model.semantic import (
-    RESNET18_URL,
+    RESNET18,
     compact_encoder,
     load_compact,
     load_resnet18,
@@ -67,23 +67,30 @@ def test_resnet18_pooled_feature_is_torchvisions():
 
 
 def test_the_address_is_torchvisions():
-    assert ResNet18_Weights.IMAGENET1K_V1.url == RESNET18_URL
+    assert ResNet18_Weights.IMAGENET1K_V1.url == RESNET18.url
 
 
 def test_another_file_is_refused_by_its_hash(tmp_path):
     file = tmp_path / "resnet18.pth"
     torch.save(resnet18(weights=None).state_dict(), file)
-    with pytest.raises(UserError, match=r"is not torchvision's resnet18-f37072fd\.pth"):
+    with pytest.raises(
+        UserError, match=r"resnet18\.pth: is another file .*needs resnet18-f37072fd\.pth .*semantic_code=compact"
+    ):
         load_resnet18(file)
-    with pytest.raises(UserError, match="DTPM_RESNET18"):
+    with pytest.raises(
+        UserError, match=r"absent\.pth: cannot be read .*needs resnet18-f37072fd\.pth .*semantic_code=compact"
+    ):
         load_resnet18(tmp_path / "absent.pth")
 
 
-def test_offline_the_error_says_what_to_do(monkeypatch):
+def test_offline_the_error_says_what_to_do(tmp_path, monkeypatch):
     def offline(*_, **__):
         raise OSError("no network")
 
     monkeypatch.delenv("DTPM_RESNET18", raising=False)
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth .*set DTPM_RESNET18 .*semantic_code=compact"):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(
+        UserError, match=r"resnet18-f37072fd\.pth .*no network.*set DTPM_RESNET18 .*semantic_code=compact"
+    ):
         load_resnet18()

@@ -1,4 +1,4 @@
-"""The pretrained networks behind perceptual metrics: found as a file, checked by hash, or downloaded once."""
+"""Pretrained networks that others publish: found as a file, checked by hash, or downloaded once."""
 
 import hashlib
 import os
@@ -16,17 +16,19 @@ DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer, before a machine counts as
 
 
 class BackboneMissing(UserError):
-    """A metric's backbone is not on this machine and cannot be downloaded: the metric is left out."""
+    """A backbone is not on this machine and cannot be downloaded. A metric is then left out."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """`sha256` is the beginning of the file's hash, which its publishers put into its name."""
+    """`user` needs the file, and `without` says what becomes of it offline. `sha256` is the beginning of the file's
+    hash, which its publishers put into its name."""
 
-    metric: str
+    user: str
     url: str
     sha256: str
     variable: str
+    without: str = "is left out"
 
     @property
     def file_name(self) -> str:
@@ -60,12 +62,13 @@ class Backbone:
                 torch.hub.download_url_to_file(self.url, str(target), hash_prefix=self.sha256)
         except (OSError, RuntimeError) as error:
             raise BackboneMissing(
-                f"{self.metric} is left out: {self.file_name} (SHA-256 {self.sha256}...) is not here and cannot be "
-                f"downloaded from {self.url}; fetch it on a machine with a network and set {self.variable} to the file"
+                f"{self.user} {self.without}: {self.file_name} (SHA-256 {self.sha256}...) is not here and cannot be "
+                f"downloaded from {self.url} ({error}); fetch it on a machine with a network and set {self.variable} "
+                "to the file"
             ) from error
 
     def _wanted(self) -> str:
-        return f"{self.metric} needs {self.file_name} (SHA-256 {self.sha256}...) from {self.url}"
+        return f"{self.user} needs {self.file_name} (SHA-256 {self.sha256}...) from {self.url}"
 
 
 @contextmanager
