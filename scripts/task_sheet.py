@@ -27,6 +27,7 @@ PHOTOS = {  # task: photo, top left corner of the piece that is shown
     "raindrop": ("astronaut", (20, 90)),
     "deblur": ("motorcycle_left", (150, 250)),
     "defocus": ("astronaut", (60, 280)),
+    "rainhaze": ("motorcycle_left", (100, 60)),
 }
 SIDE, LABEL = 224, 18
 

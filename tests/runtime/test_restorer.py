@@ -171,7 +171,7 @@ def test_weights_for_the_whole_task_serve_its_halves_only(
         Restorer.from_pretrained(weights, "rainhaze")
 
 
-@pytest.mark.parametrize("task", ["dehaze", "derain", "desnow", "raindrop", "deblur", "defocus"])
+@pytest.mark.parametrize("task", ["dehaze", "derain", "rainhaze", "desnow", "raindrop", "deblur", "defocus"])
 def test_what_ships_restores_by_name(task: str) -> None:
     assert f"light-{task}" in shipped()
     after = Restorer.from_pretrained("light", task, device="cpu")(photo(40, 56))
