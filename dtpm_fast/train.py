@@ -9,6 +9,7 @@ from typing import Any
 from dtpm_fast.config import Config
 from dtpm_fast.errors import UserError
 from dtpm_fast.exit_code import run as run_command
+from dtpm_fast.given_path import given_path
 from dtpm_fast.model.dtpm import DTPM, load_semantic_weights
 from dtpm_fast.runtime.shipped import find_prior
 from dtpm_fast.tasks import TASKS, check_task
@@ -53,20 +54,28 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
     parser.add_argument("--task", choices=tuple(TASKS), help="stage 2 only")
-    parser.add_argument("--data", type=Path, required=True, help="photos (stage 1); pairs or clean photos (stage 2)")
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder of the run: weights, checkpoints, TensorBoard"
+        "--data", type=given_path, required=True, help="photos (stage 1); pairs or clean photos (stage 2)"
     )
-    parser.add_argument("--config", type=Path, help="settings as a TOML file")
+    parser.add_argument(
+        "--output", type=given_path, required=True, help="folder of the run: weights, checkpoints, TensorBoard"
+    )
+    parser.add_argument("--config", type=given_path, help="settings as a TOML file")
     parser.add_argument("--set", dest="settings", action="extend", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument(
         "--prior", help="stage 1 weights that stage 2 starts from: a file, or light, the prior that ships"
     )
-    parser.add_argument("--init", type=Path, help="weights that this run starts from (fine-tuning)")
-    parser.add_argument("--smoothed", type=Path, help="stage 1: the photos as dtpm-smooth wrote them (else on the fly)")
-    parser.add_argument("--synthetic", type=Path, help="stage 2: clean photos to degrade, beside the real pairs")
-    parser.add_argument("--split-file", type=Path, help="stage 2: CSV or list that says which pictures train and test")
-    parser.add_argument("--validation", type=Path, help="folder to validate on (else a part of the data is held out)")
+    parser.add_argument("--init", type=given_path, help="weights that this run starts from (fine-tuning)")
+    parser.add_argument(
+        "--smoothed", type=given_path, help="stage 1: the photos as dtpm-smooth wrote them (else on the fly)"
+    )
+    parser.add_argument("--synthetic", type=given_path, help="stage 2: clean photos to degrade, beside the real pairs")
+    parser.add_argument(
+        "--split-file", type=given_path, help="stage 2: CSV or list that says which pictures train and test"
+    )
+    parser.add_argument(
+        "--validation", type=given_path, help="folder to validate on (else a part of the data is held out)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --output")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; under torchrun auto, cpu or cuda")
     args = parser.parse_args(argv)

@@ -19,6 +19,7 @@ from dtpm_fast.device import choose_device
 from dtpm_fast.diffusion import restore
 from dtpm_fast.errors import UserError
 from dtpm_fast.exit_code import run as run_command
+from dtpm_fast.given_path import given_path
 from dtpm_fast.metrics.perceptual import ALEXNET, Lpips
 from dtpm_fast.metrics.protocols import PROTOCOLS, default_protocol
 from dtpm_fast.tasks import TASKS, check_task
@@ -168,11 +169,11 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--photos", type=Path, required=True, help="photos for stage I")
+    parser.add_argument("--photos", type=given_path, required=True, help="photos for stage I")
     parser.add_argument("--task", choices=tuple(TASKS), required=True)
-    parser.add_argument("--data", type=Path, required=True, help="pairs, or clean photos, for stage II")
-    parser.add_argument("--split-file", type=Path, help="CSV or list that says which pictures train and test")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the runs and of the table")
+    parser.add_argument("--data", type=given_path, required=True, help="pairs, or clean photos, for stage II")
+    parser.add_argument("--split-file", type=given_path, help="CSV or list that says which pictures train and test")
+    parser.add_argument("--output", type=given_path, required=True, help="folder of the runs and of the table")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(TABLE_6), metavar="ROW")
     parser.add_argument("--set", dest="settings", action="extend", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument(

@@ -24,6 +24,7 @@ from dtpm_fast.data.crops import PhotoCrops
 from dtpm_fast.device import choose_device
 from dtpm_fast.errors import UserError
 from dtpm_fast.exit_code import run
+from dtpm_fast.given_path import given_path
 from dtpm_fast.model.semantic import (
     SemanticEncoder,
     compact_encoder,
@@ -162,11 +163,11 @@ def main(argv: list[str] | None = None) -> int:
         "--output compact.safetensors",
     )
     parser.add_argument("--teacher", required=True, help="resnet18 (torchvision's weights), or a MobileNetV2 as .npz")
-    parser.add_argument("--data", type=Path, required=True, help="folder of photos to learn from")
+    parser.add_argument("--data", type=given_path, required=True, help="folder of photos to learn from")
     parser.add_argument(
-        "--held-out", type=Path, required=True, help="folder of other photos, for the reported agreement"
+        "--held-out", type=given_path, required=True, help="folder of other photos, for the reported agreement"
     )
-    parser.add_argument("--output", type=Path, required=True, help="a .safetensors file for the encoder")
+    parser.add_argument("--output", type=given_path, required=True, help="a .safetensors file for the encoder")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--crop", type=int, default=320)

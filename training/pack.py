@@ -8,6 +8,7 @@ import torch
 
 from dtpm_fast.errors import UserError
 from dtpm_fast.exit_code import run
+from dtpm_fast.given_path import given_path
 from dtpm_fast.weights_file import Weights, read_weights, save_weights, sha256
 
 EXAMPLE = """examples:
@@ -55,9 +56,11 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--prior", type=Path, help="packed stage 1 file beside TARGET: write the task's own part alone")
+    parser.add_argument("source", type=given_path)
+    parser.add_argument("target", type=given_path)
+    parser.add_argument(
+        "--prior", type=given_path, help="packed stage 1 file beside TARGET: write the task's own part alone"
+    )
     args = parser.parse_args(argv)
 
     def work() -> int:

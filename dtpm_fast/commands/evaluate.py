@@ -22,6 +22,7 @@ from dtpm_fast.cores import cpu_name
 from dtpm_fast.data.layouts import SPLITS, find_pairs
 from dtpm_fast.data.pictures import check_pairs
 from dtpm_fast.exit_code import run
+from dtpm_fast.given_path import given_path
 from dtpm_fast.images import SUFFIXES
 from dtpm_fast.tasks import TASKS
 
@@ -55,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--task", required=True, choices=tuple(TASKS))
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="the data set, in its own layout")
+    parser.add_argument("--data", required=True, type=given_path, metavar="DIR", help="the data set, in its own layout")
     parser.add_argument("--split", default="test", choices=SPLITS, help="default: test")
     parser.add_argument(
-        "--split-file", type=Path, metavar="FILE", help="CSV (name, split) or list that chooses pictures"
+        "--split-file", type=given_path, metavar="FILE", help="CSV (name, split) or list that chooses pictures"
     )
     parser.add_argument("--weights", default="light", help="weights file, or the name of shipped ones (default: light)")
     parser.add_argument(
@@ -69,11 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=("native", "weatherdiff", "gopro", "dpdd"),
         help="default: gopro for deblur, dpdd for defocus, native for the weather tasks",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was measured, and on what")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="the figures of every picture")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="an HTML page to look at the pictures")
+    parser.add_argument("--json", type=given_path, metavar="FILE", help="everything that was measured, and on what")
+    parser.add_argument("--csv", type=given_path, metavar="FILE", help="the figures of every picture")
+    parser.add_argument("--report", type=given_path, metavar="FILE", help="an HTML page to look at the pictures")
     parser.add_argument(
-        "--curve", type=Path, metavar="FILE.svg", help="the paper's figure 8: PSNR and LPIPS over the numbers of steps"
+        "--curve",
+        type=given_path,
+        metavar="FILE.svg",
+        help="the paper's figure 8: PSNR and LPIPS over the numbers of steps",
     )
     parser.add_argument("--report-images", type=int, default=12, metavar="N", help="pictures in the page (default: 12)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures by name")

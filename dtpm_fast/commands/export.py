@@ -3,11 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
 from dtpm_fast.exit_code import run
+from dtpm_fast.given_path import given_path
 from dtpm_fast.tasks import TASKS
 
 EXAMPLE = """examples:
@@ -45,14 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--bucket", action="append", metavar="[BATCHx]HxW", help="largest size of a profile; again for more profiles "
         f"(default: {' and '.join(BUCKETS)})",
     )  # fmt: skip
-    engines.add_argument("--timing-cache", type=Path, metavar="FILE", help="default: the user's, by version and GPU")
+    engines.add_argument(
+        "--timing-cache", type=given_path, metavar="FILE", help="default: the user's, by version and GPU"
+    )
     engines.add_argument("--fixed-weights", action="store_true", help="weights cannot be exchanged; may run faster")
     engines.add_argument("--layers", action="store_true", help="compare every layer and keep the report (layers.json)")
     engines.add_argument(
-        "--refit", type=Path, metavar="DIR", help="take the engines of this export and exchange their weights"
+        "--refit", type=given_path, metavar="DIR", help="take the engines of this export and exchange their weights"
     )
     parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="DIR", help="a folder that is not there yet"
+        "-o", "--output", required=True, type=given_path, metavar="DIR", help="a folder that is not there yet"
     )
     options = parser.parse_args(arguments)
     _check_usage(parser, options)

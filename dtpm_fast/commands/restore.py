@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from dtpm_fast.commands.given_path import given_path
 from dtpm_fast.commands.tile import add_tile
 from dtpm_fast.data.pictures import find_photos
 from dtpm_fast.errors import UserError
 from dtpm_fast.exit_code import run
+from dtpm_fast.given_path import given_path
 from dtpm_fast.images import SUFFIXES, read_image, write_image
 from dtpm_fast.tasks import TASKS
 
@@ -68,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sampler", default="ddim", help="ddim, the paper's, or dpm++2m (default: ddim)")
     add_tile(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--report", type=Path, metavar="FILE.html", help="a page with sliders to look at the results")
+    parser.add_argument(
+        "--report", type=given_path, metavar="FILE.html", help="a page with sliders to look at the results"
+    )
     parser.add_argument("--report-images", type=int, default=12, metavar="N", help="photos in the page (default: 12)")
     options = parser.parse_args(arguments)
     if options.task is None and not (Path(options.weights) / "manifest.json").is_file():

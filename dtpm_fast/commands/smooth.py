@@ -20,6 +20,7 @@ from dtpm_fast.cores import usable_cores
 from dtpm_fast.data.pictures import find_photos
 from dtpm_fast.errors import UserError
 from dtpm_fast.exit_code import run
+from dtpm_fast.given_path import given_path
 from dtpm_fast.images import image_size, read_image
 from dtpm_fast.smoothing import LARGEST_SIGMA, MODES, rtv_smooth
 
@@ -43,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="a photo, or a folder of photos")
-    parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="folder for the results")
+    parser.add_argument("inputs", nargs="+", type=given_path, metavar="INPUT", help="a photo, or a folder of photos")
+    parser.add_argument("-o", "--output", required=True, type=given_path, metavar="DIR", help="folder for the results")
     parser.add_argument("--lam", type=_positive(float, zero=True), default=0.01, help="strength (default: 0.01)")
     parser.add_argument(
         "--sigma",

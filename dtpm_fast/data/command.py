@@ -3,7 +3,6 @@
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -15,6 +14,7 @@ from dtpm_fast.data.pictures import check_pairs
 from dtpm_fast.data.residuals import quantile_table, residual_statistics
 from dtpm_fast.data.sheet import write_sheet
 from dtpm_fast.exit_code import run
+from dtpm_fast.given_path import given_path
 from dtpm_fast.images import read_image
 from dtpm_fast.tasks import TASKS
 
@@ -42,9 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument("--task", required=True, choices=list(TASKS), help="whose layouts to look for")
-    check.add_argument("folder", type=Path, metavar="DIR", help="the data set's folder")
+    check.add_argument("folder", type=given_path, metavar="DIR", help="the data set's folder")
     check.add_argument("--split", choices=SPLITS, help="only this split (default: all that are there)")
-    check.add_argument("--split-file", type=Path, help="CSV (name, split) or list of names that chooses the pictures")
+    check.add_argument(
+        "--split-file", type=given_path, help="CSV (name, split) or list of names that chooses the pictures"
+    )
     check.add_argument("--show", type=_at_least(0), default=10, metavar="N", help="problems to print (default: 10)")
     sheet = commands.add_parser(
         "sheet",
@@ -52,8 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sheet.add_argument("photos", nargs="*", type=Path, metavar="PHOTO", help="default: scikit-image's sample photos")
-    sheet.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="a .jpg or .png")
+    sheet.add_argument(
+        "photos", nargs="*", type=given_path, metavar="PHOTO", help="default: scikit-image's sample photos"
+    )
+    sheet.add_argument("-o", "--output", required=True, type=given_path, metavar="FILE", help="a .jpg or .png")
     sheet.add_argument("--seed", type=_at_least(0), default=0)
     make = commands.add_parser(
         "make",
@@ -61,11 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    make.add_argument("photos", nargs="*", type=Path, metavar="PHOTO", help="default: scikit-image's colour photos")
+    make.add_argument(
+        "photos", nargs="*", type=given_path, metavar="PHOTO", help="default: scikit-image's colour photos"
+    )
     make.add_argument("--task", required=True, choices=list(TASKS))
     make.add_argument("--strength", type=float, nargs="+", default=[1.0], metavar="X", help="0 is clean (default: 1)")
     make.add_argument("--seed", type=_at_least(0), default=0)
-    make.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="a new or empty folder")
+    make.add_argument("-o", "--output", required=True, type=given_path, metavar="DIR", help="a new or empty folder")
     measure = commands.add_parser(
         "measure",
         help="hold a synthetic degradation against the pairs of a data set, in numbers",
@@ -73,10 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     measure.add_argument("--task", required=True, choices=list(TASKS))
-    measure.add_argument("--photos", type=Path, required=True, metavar="DIR", help="clean photos to degrade")
-    measure.add_argument("--pairs", type=Path, metavar="DIR", help="pairs to compare with")
+    measure.add_argument("--photos", type=given_path, required=True, metavar="DIR", help="clean photos to degrade")
+    measure.add_argument("--pairs", type=given_path, metavar="DIR", help="pairs to compare with")
     measure.add_argument("--split", choices=SPLITS, default="train")
-    measure.add_argument("--split-file", type=Path)
+    measure.add_argument("--split-file", type=given_path)
     measure.add_argument("--strength", type=float, default=1.0)
     measure.add_argument(
         "--count", type=_at_least(1), default=100, metavar="N", help="synthetic pictures (default: 100)"

@@ -3,9 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from dtpm_fast.exit_code import run
+from dtpm_fast.given_path import given_path
 
 EXAMPLE = """example:
   python -m dtpm_fast.metrics texture photos/ -o texture.svg --report texture.html --niqe niqe_pris_params.npz"""
@@ -26,10 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    texture.add_argument("photos", type=Path, nargs="+", metavar="PHOTO", help="photos or folders of photos")
-    texture.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.svg", help="the curve")
-    texture.add_argument("--report", type=Path, metavar="FILE.html", help="a page with the pictures")
-    texture.add_argument("--niqe", type=Path, metavar="FILE", help="niqe_pris_params.npz, else downloaded")
+    texture.add_argument("photos", type=given_path, nargs="+", metavar="PHOTO", help="photos or folders of photos")
+    texture.add_argument("-o", "--output", type=given_path, required=True, metavar="FILE.svg", help="the curve")
+    texture.add_argument("--report", type=given_path, metavar="FILE.html", help="a page with the pictures")
+    texture.add_argument("--niqe", type=given_path, metavar="FILE", help="niqe_pris_params.npz, else downloaded")
     options = parser.parse_args(arguments)
     return run(lambda: _texture(options))
 
