@@ -3,11 +3,12 @@
 
 template <class Products>
 class Engine : Products {
-    using typename Products::vec;
-    using Products::fetch, Products::load, Products::packed, Products::product, Products::store;
+    using typename Products::vec, typename Products::Input;
+    using Products::fetch, Products::load, Products::packed, Products::product, Products::put, Products::store;
     static constexpr int V = Products::V, MR = Products::MR;
     static constexpr long PANEL = 48;  // pixels that go through all products of a block together, a multiple of MR
     static constexpr long PAD = 2 * V;  // keeps rows of 4096 bytes out of one cache set
+    static constexpr bool FLOAT = std::is_same_v<Input, float>;  // else inputs are rounded where they are made
 
 public:
     static void first_pass(const Shape& s, const float* x, Rows scale, Rows shift, const float* conv1,
@@ -22,7 +23,8 @@ public:
         float* sums = shared(s.samples * s.height * strips * C);  // of each row and strip
         const auto work = [&](float* ring) {
             float* zeros = ring + slots * row_size;
-            float* normal = zeros + row_size;
+            Input* normal = inputs_at(zeros + row_size);
+            clear_behind(normal, C + PAD, C);
             std::fill(zeros, zeros + row_size, 0.0f);
 #pragma omp for schedule(dynamic, 1)
             for (long task = 0; task < tasks; ++task) {
@@ -72,7 +74,7 @@ public:
                 }
             }
         };
-        in_threads(threads, (slots + 1) * row_size + PANEL * (C + PAD), C, work);
+        in_threads(threads, (slots + 1) * row_size + PANEL * (C + PAD), work);
         for (long sample = 0; sample < s.samples; ++sample)
             for (long c = 0; c < C; ++c) {
                 double total = 0;
@@ -95,9 +97,21 @@ public:
         const long inputs = adapter ? rank + C : bias_map ? 2 * C : C;
         float* attended = shared(s.samples * (size + C));  // conv3 with the sample's channel attention in its columns
         float* by = attended + s.samples * size;
-        const auto work = [&](float* input_row) {
-            float* normal = input_row + PANEL * wide;
-            float* padded = normal + PANEL * (C + PAD);
+        const auto work = [&](float* memory) {
+            Input* input_row = inputs_at(memory + PANEL * (C + PAD));
+            Input* normal = input_row + PANEL * wide;
+            Input* copy = normal + PANEL * (C + PAD);
+            clear_behind(input_row, wide, rank + 2 * C);
+            clear_behind(normal, C + PAD, C);
+            clear_behind(copy, C + PAD, C);
+            // y in float32, for what is added to it: among the inputs, where these are float32 as well.
+            float* ys = memory;
+            long y_pixel = C + PAD;
+            if constexpr (FLOAT) ys = input_row + at_y, y_pixel = wide;
+            const auto set_y = [&](long p, long c, vec y) {
+                store(ys + p * y_pixel + c, y);
+                if constexpr (!FLOAT) put(input_row + p * wide + at_y + c, y);
+            };
 #pragma omp for schedule(static)
             for (long first = 0; first < s.samples * C; first += V) {
                 const float* w = attention + first % C * C;
@@ -117,37 +131,31 @@ public:
                 const long stop = std::min(pixels, start + chunk);
                 for (long first = start; first < stop; first += PANEL) {
                     const long n = std::min(PANEL, stop - first), at = (sample * pixels + first) * C;
-                    const float* input = gated + at;
-                    long stride = C;
-                    if (n % MR) {  // a tile reads MR rows: not beyond the map
-                        for (long p = 0; p < n; ++p) std::copy_n(input + p * C, C, padded + p * (C + PAD));
-                        input = padded, stride = C + PAD;
-                    }
+                    const auto [input, stride] = inputs_of(gated + at, n, C, copy);
                     product(input, stride, n, C, attended + sample * size, panels,
                             [&](long p, long panel, vec a, vec b) {
                                 const long c = panel * 2 * V;
                                 const float* before = x + at + p * C + c;
                                 fetch(gated + at + (PANEL + p) * C + c);
-                                float* y = input_row + p * wide + at_y + c;
                                 // x last: one rounding of x's size.
-                                store(y, a + load(conv3_bias + c) + load(before));
-                                if (c + V < C) store(y + V, b + load(conv3_bias + c + V) + load(before + V));
+                                set_y(p, c, a + load(conv3_bias + c) + load(before));
+                                if (c + V < C) set_y(p, c + V, b + load(conv3_bias + c + V) + load(before + V));
                             });
                     const float* from[PANEL];
-                    for (long p = 0; p < n; ++p) from[p] = input_row + p * wide + at_y;
+                    for (long p = 0; p < n; ++p) from[p] = ys + p * y_pixel;
                     normalise(from, normal, n, C, scale.of(sample), shift.of(sample));
                     product(normal, C + PAD, n, C, conv4, C / V, [&](long p, long panel, vec a, vec b) {
                         const float* bias = conv4_bias + panel * 2 * V;
-                        store(input_row + p * wide + at_gate + panel * V, (a + load(bias)) * (b + load(bias + V)));
+                        put(input_row + p * wide + at_gate + panel * V, (a + load(bias)) * (b + load(bias + V)));
                     });
                     product(input_row + at_y, wide, n, C, adapter, rank / (2 * V), [&](long p, long panel, vec a, vec b) {
-                        store(input_row + p * wide + panel * 2 * V, a);
-                        store(input_row + p * wide + panel * 2 * V + V, b);
+                        put(input_row + p * wide + panel * 2 * V, a);
+                        put(input_row + p * wide + panel * 2 * V + V, b);
                     });
                     product(input_row, wide, n, inputs, conv5, panels,
                             [&](long p, long panel, vec a, vec b) {
                                 const long c = panel * 2 * V;
-                                const float* y = input_row + p * wide + at_y + c;
+                                const float* y = ys + p * y_pixel + c;
                                 const float* bias = bias_map ? bias_map + at + p * C + c : conv5_bias + c;
                                 float* out = x + at + p * C + c;
                                 if (bias_map) fetch(bias + PANEL * C);
@@ -158,7 +166,7 @@ public:
                 }
             }
         };
-        in_threads(threads, PANEL * (wide + 2 * (C + PAD)), std::max(C, inputs), work);
+        in_threads(threads, PANEL * (wide + 3 * (C + PAD)), work);
     }
 
     static void down(const Shape& s, const float* x, const float* weight, const float* bias, float* out, int threads) {
@@ -166,7 +174,8 @@ public:
         const long chunk = chunk_for(pixels, s.samples, threads), chunks = (pixels + chunk - 1) / chunk;
         // A panel of 4C inputs has to fit into the cache of a core beside the weights.
         const long panel_pixels = C > 128 ? PANEL / 2 : PANEL;
-        const auto work = [&](float* input) {
+        const auto work = [&](float* memory) {
+            Input* input = inputs_at(memory);
 #pragma omp for schedule(dynamic, 1)
             for (long task = 0; task < s.samples * chunks; ++task) {
                 const long sample = task / chunks, start = task % chunks * chunk;
@@ -176,8 +185,8 @@ public:
                     for (long p = 0; p < n; ++p) {
                         const long y = (first + p) / width, c = (first + p) % width;
                         const float* from = x + ((sample * s.height + 2 * y) * s.width + 2 * c) * C;
-                        std::copy_n(from, 2 * C, input + p * stride);
-                        std::copy_n(from + s.width * C, 2 * C, input + p * stride + 2 * C);
+                        put_all(input + p * stride, from, 2 * C);
+                        put_all(input + p * stride + 2 * C, from + s.width * C, 2 * C);
                     }
                     float* to = out + (sample * pixels + first) * 2 * C;
                     product(input, stride, n, 4 * C, weight, C / V, [&](long p, long panel, vec a, vec b) {
@@ -188,13 +197,14 @@ public:
                 }
             }
         };
-        in_threads(threads, PANEL * stride, 4 * C, work);
+        in_threads(threads, PANEL * stride, work);
     }
 
     static void up(const Shape& s, const float* x, const float* weight, float* skip, int threads) {
         const long C = s.channels, half = C / 2, pixels = s.height * s.width;
         const long chunk = chunk_for(pixels, s.samples, threads), chunks = (pixels + chunk - 1) / chunk;
-        const auto work = [&](float* input) {
+        const auto work = [&](float* memory) {
+            Input* input = inputs_at(memory);
 #pragma omp for schedule(dynamic, 1)
             for (long task = 0; task < s.samples * chunks; ++task) {
                 const long sample = task / chunks, start = task % chunks * chunk;
@@ -204,7 +214,7 @@ public:
                     float* to[PANEL];
                     for (long p = 0; p < n; ++p) {
                         const long y = (first + p) / s.width, c = (first + p) % s.width;
-                        std::copy_n(x + (sample * pixels + first + p) * C, C, input + p * (C + PAD));
+                        put_all(input + p * (C + PAD), x + (sample * pixels + first + p) * C, C);
                         to[p] = skip + ((sample * s.height + y) * 4 * s.width + 2 * c) * half;
                     }
                     product(input, C + PAD, n, C, weight, C / V, [&](long p, long panel, vec a, vec b) {
@@ -218,7 +228,7 @@ public:
                 }
             }
         };
-        in_threads(threads, PANEL * (C + PAD), C, work);
+        in_threads(threads, PANEL * (C + PAD), work);
     }
 
     static void intro(const Shape& s, const float* picture, const float* weight, const float* addend,
@@ -267,7 +277,7 @@ public:
                 }
             }
         };
-        in_threads(threads, 9 * length, 0, work);
+        in_threads(threads, 9 * length, work);
     }
 
     static void ending(const Shape& s, const float* x, const float* weight, const float* bias, float* picture,
@@ -296,15 +306,36 @@ public:
     }
 
 private:
-    // work(memory) in every thread, with so many floats of its own and products of at most so many inputs. Nothing may be
-    // thrown among threads: where the system has no memory for one of them, none begins and the caller gets the error.
+    static Input* inputs_at(float* memory) { return reinterpret_cast<Input*>(memory); }
+
+    static void put_all(Input* to, const float* values, long count) {
+        for (long i = 0; i < count; i += V) put(to + i, load(values + i));
+    }
+
+    // n pixels of a map as a product's inputs, and how far they are apart: where they are, or, where inputs are rounded
+    // or a tile would read beyond the map, a copy.
+    static std::pair<const Input*, long> inputs_of(const float* map, long n, long C, Input* copy) {
+        if constexpr (FLOAT)
+            if (n % MR == 0) return {map, C};
+        for (long p = 0; p < n; ++p) put_all(copy + p * (C + PAD), map + p * C, C);
+        return {copy, C + PAD};
+    }
+
+    // Zeros behind the inputs of a panel's pixels. AMX's tiles take whole twos of vectors; a weight of zero does not
+    // undo what is not finite.
+    static void clear_behind(Input* rows, long pixel, long inputs) {
+        for (long p = 0; p < PANEL; ++p) put(rows + p * pixel + inputs, vec{});
+    }
+
+    // work(memory) in every thread, with so many floats of its own. Nothing may be thrown among threads: where the system
+    // has no memory for one of them, none begins and the caller gets the error.
     template <class Work>
-    static void in_threads(int threads, long floats, long inputs, const Work& work) {
+    static void in_threads(int threads, long floats, const Work& work) {
         std::atomic<bool> enough{true};
 #pragma omp parallel num_threads(threads)
         {
             float* memory = scratch(floats);
-            if (!memory || !Products::reserve(PANEL, inputs)) enough = false;
+            if (!memory) enough = false;
 #pragma omp barrier
             if (enough) {
                 [[maybe_unused]] const typename Products::Ready ready;
@@ -335,7 +366,7 @@ private:
 
     // n pixels: (LN(x) over its C channels) * scale + shift, to rows C + PAD apart. V pixels at a time, which share the
     // sums over lanes, the square root and the division.
-    static void normalise(const float* const* x, float* to, long n, long C, const float* scale, const float* shift) {
+    static void normalise(const float* const* x, Input* to, long n, long C, const float* scale, const float* shift) {
         for (long first = 0; first < n; first += V) {
             const float* from[V];
             vec part[V];
@@ -358,9 +389,9 @@ private:
             for (int p = 0; p < V; ++p) inverse[p] = 1 / std::sqrt(inverse[p]);
             const int count = int(std::min<long>(V, n - first));
             for (int p = 0; p < count; ++p) {
-                float* out = to + (first + p) * (C + PAD);
+                Input* out = to + (first + p) * (C + PAD);
                 for (long c = 0; c < C; c += V)
-                    store(out + c, (load(from[p] + c) - mean[p]) * inverse[p] * load(scale + c) + load(shift + c));
+                    put(out + c, (load(from[p] + c) - mean[p]) * inverse[p] * load(scale + c) + load(shift + c));
             }
         }
     }

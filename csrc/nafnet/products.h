@@ -12,12 +12,12 @@ struct FloatProducts {
     static vec load(const float* from) { return *reinterpret_cast<const vec*>(from); }
     static void store(float* to, vec value) { *reinterpret_cast<vec*>(to) = value; }
 
+    typedef float Input;  // of a product
+    static void put(Input* to, vec values) { store(to, values); }
+
     // What the next panel reads or writes, into the second cache: maps larger than it come more slowly than they are used.
     static void fetch(const float* from) { __builtin_prefetch(from, 0, 2); }
     static void fetch(float* to) { __builtin_prefetch(to, 1, 2); }
-
-    // Takes the calling thread's memory for products of so many pixels; false where there is none.
-    static bool reserve(long /* pixels */, long /* inputs */) { return true; }
 
     // Rows of 2V floats in a panel of packed weights.
     static long packed(long inputs) { return inputs; }
@@ -31,7 +31,7 @@ struct FloatProducts {
     // take(pixel, panel, first V outputs, next V outputs) for all n pixels of `input` (rows `stride` apart, readable up
     // to a multiple of MR rows) and all panels of weights.
     template <class Take>
-    static void product(const float* input, long stride, long n, long inputs, const float* weight, long panels,
+    static void product(const Input* input, long stride, long n, long inputs, const float* weight, long panels,
                         const Take& take) {
         for (long panel = 0; panel < panels; ++panel, weight += inputs * 2 * V)
             for (long first = 0; first < n; first += MR) {

@@ -19,42 +19,42 @@ struct TileProducts : PairProducts {
         Ready& operator=(const Ready&) = delete;
     };
 
-    // As FloatProducts::product, whose `input` is read up to row n only.
+    // As FloatProducts::product, but `input` is readable up to a multiple of 16 rows and of 32 inputs, which are finite there.
     template <class Take>
-    static void product(const float* input, long stride, long n, long inputs, const float* weight, long panels,
+    static void product(const Input* input, long stride, long n, long inputs, const float* weight, long panels,
                         const Take& take) {
-        const long pairs = packed(inputs), row = pairs + V;  // in floats; V more keep rows out of one cache set
-        const float* pixels = rounded_rows(input, stride, n, inputs, row);  // behind row n sums are not taken
+        const long pairs = packed(inputs);
         for (long panel = 0; panel < panels; ++panel, weight += pairs * 2 * V) {
             long first = 0;
             for (; n - first > 32; first += 48)
-                tiles<3>(pixels + first * row, row, first, std::min(48L, n - first), pairs, weight, panel, take);
+                tiles<3>(input + first * stride, stride, first, std::min(48L, n - first), pairs, weight, panel, take);
             if (n - first > 16)
-                tiles<2>(pixels + first * row, row, first, n - first, pairs, weight, panel, take);
+                tiles<2>(input + first * stride, stride, first, n - first, pairs, weight, panel, take);
             else if (n > first)
-                tiles<1>(pixels + first * row, row, first, n - first, pairs, weight, panel, take);
+                tiles<1>(input + first * stride, stride, first, n - first, pairs, weight, panel, take);
         }
     }
 
 private:
     // 16 pixels `COUNT` times, of which n count.
     template <int COUNT, class Take>
-    static void tiles(const float* pixels, long row, long first, long n, long pairs, const float* weight, long panel,
+    static void tiles(const Input* pixels, long row, long first, long n, long pairs, const float* weight, long panel,
                       const Take& take) {
         constexpr int INPUTS = 6, WEIGHTS = 7;
         zero<0>(), zero<1>();
         if constexpr (COUNT > 1) zero<2>(), zero<3>();
         if constexpr (COUNT > 2) zero<4>(), zero<5>();
         for (long i = 0; i < pairs; i += 16) {
-            const float *from = pixels + i, *w = weight + i * 2 * V;
-            fill<WEIGHTS>(w, 2 * V);
-            fill<INPUTS>(from, row);
+            const Input* from = pixels + 2 * i;
+            const float* w = weight + i * 2 * V;
+            fill<WEIGHTS>(w, 8 * V);
+            fill<INPUTS>(from, 2 * row);
             add<0, INPUTS, WEIGHTS>();
-            if constexpr (COUNT > 1) fill<INPUTS>(from + 16 * row, row), add<2, INPUTS, WEIGHTS>();
-            if constexpr (COUNT > 2) fill<INPUTS>(from + 32 * row, row), add<4, INPUTS, WEIGHTS>();
-            fill<WEIGHTS>(w + V, 2 * V);
-            if constexpr (COUNT > 2) add<5, INPUTS, WEIGHTS>(), fill<INPUTS>(from + 16 * row, row);
-            if constexpr (COUNT > 1) add<3, INPUTS, WEIGHTS>(), fill<INPUTS>(from, row);
+            if constexpr (COUNT > 1) fill<INPUTS>(from + 16 * row, 2 * row), add<2, INPUTS, WEIGHTS>();
+            if constexpr (COUNT > 2) fill<INPUTS>(from + 32 * row, 2 * row), add<4, INPUTS, WEIGHTS>();
+            fill<WEIGHTS>(w + V, 8 * V);
+            if constexpr (COUNT > 2) add<5, INPUTS, WEIGHTS>(), fill<INPUTS>(from + 16 * row, 2 * row);
+            if constexpr (COUNT > 1) add<3, INPUTS, WEIGHTS>(), fill<INPUTS>(from, 2 * row);
             add<1, INPUTS, WEIGHTS>();
         }
         alignas(64) float sums[COUNT * 16 * 2 * V];
@@ -70,8 +70,8 @@ private:
     }
 
     template <int TILE>
-    static void fill(const float* from, long row) {
-        asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row * 4), "i"(TILE) : "memory");
+    static void fill(const void* from, long bytes) {
+        asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(bytes), "i"(TILE) : "memory");
     }
 
     template <int TILE>

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -47,13 +48,6 @@ float* shared(long floats) {  // of all threads of a call; taken before they beg
     float* memory = workspace.take(floats);
     return memory ? memory : throw std::bad_alloc();
 }
-
-#if defined(__x86_64__)
-float* rounded(long floats) {  // of this thread: pixels in bfloat16
-    static thread_local Workspace workspace;
-    return workspace.take(floats);
-}
-#endif
 
 namespace portable {
 #include "products.h"
