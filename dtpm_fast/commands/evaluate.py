@@ -36,12 +36,12 @@ if TYPE_CHECKING:  # they import torch: not for --help or a mistyped path
     from dtpm_fast.metrics.protocols import Protocol
     from dtpm_fast.report import Case
     from dtpm_fast.training.world import World
-    from dtpm_fast.weights_file import Weights
 
 EXAMPLE = """examples:
   dtpm-evaluate --task derain --data rain100L --split-file split.csv --json result.json --report result.html
   dtpm-evaluate --task deblur --data GoPro --weights runs/deblur/weights.safetensors --steps 4 10 50 --csv images.csv
   dtpm-evaluate --task raindrop --data RainDrop --weights drop.safetensors --protocol weatherdiff --note "test set A"
+  dtpm-evaluate --task derain --data rain100L --weights derain-onnx/   # what dtpm-export wrote, as it will run
   torchrun --nproc-per-node 8 -m dtpm_fast.commands.evaluate --task deblur --data GoPro --weights deblur.safetensors
 The table goes to standard output as Markdown. Protocols and metrics are described in docs/evaluation.md."""
 PREDICTOR = "initial predictor"
@@ -61,9 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--split-file", type=given_path, metavar="FILE", help="CSV (name, split) or list that chooses pictures"
     )
-    parser.add_argument("--weights", default="light", help="weights file, or the name of shipped ones (default: light)")
     parser.add_argument(
-        "--steps", type=int, nargs="+", default=[4], metavar="S", help="steps of the sampler (default: 4)"
+        "--weights",
+        default="light",
+        help="weights file, a folder of dtpm-export, or the name of shipped ones (default: light)",
+    )
+    parser.add_argument(
+        "--steps", type=int, nargs="+", metavar="S", help="steps of the sampler (default: 4, or the export's own)"
     )
     parser.add_argument(
         "--protocol",
@@ -103,9 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    if len(set(options.steps)) < len(options.steps):
+    if options.steps and len(set(options.steps)) < len(options.steps):
         parser.error("--steps: a number of steps is given twice")
-    if options.curve and len(options.steps) < 2:
+    if options.curve and len(options.steps or ()) < 2:
         parser.error("--curve: needs two numbers of steps at least, as in --steps 4 10 50")
     taken = {os.path.realpath(options.weights): "--weights"}
     if options.split_file:
@@ -120,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--{flag} {path}: has the name of a picture")
         if other := taken.get(os.path.realpath(path)):
             parser.error(f"--{flag} {path}: is {other} as well, and would replace it")
+        if os.path.realpath(options.weights) in map(str, Path(os.path.realpath(path)).parents):
+            parser.error(f"--{flag} {path}: would lie in --weights, a folder whose files go together")
         taken[os.path.realpath(path)] = f"--{flag}"
         folder = next(p for p in path.absolute().parents if p.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -150,12 +156,11 @@ def _measure(options: argparse.Namespace, command: str, found: "Pairs", world: "
     from dtpm_fast.metrics.paper_tables import comparison
     from dtpm_fast.metrics.protocols import PROTOCOLS, default_protocol
     from dtpm_fast.report import evenly
-    from dtpm_fast.runtime.shipped import find_weights
 
     if share := pairs[world.rank :: world.size]:  # a broken picture at the end would cost all figures
         check_pairs(share)
     protocol = PROTOCOLS[options.protocol or default_protocol(options.task)]
-    weights = find_weights(options.weights, options.task)
+    weights = _weights(options)
     methods, device, restorers = _methods(options)
     logging.basicConfig(format="%(message)s")  # to standard error: where a picture is tiled, its figures are another's
     logging.getLogger("dtpm_fast").setLevel(logging.INFO)
@@ -200,7 +205,8 @@ def _measure(options: argparse.Namespace, command: str, found: "Pairs", world: "
     if options.report:
         _write_report(options, kept, len(rows), facts, means)
     print(table)  # last: the files are there, whatever becomes of the output
-    print(f"- Weights {weights.path.name}, {facts['device']}, {facts['date'][:10]}: `{command}`", flush=True)
+    exported = f", exported ({weights['export']}, {weights['precision']})" if "export" in weights else ""
+    print(f"- Weights {weights['file']}{exported}, {facts['device']}, {facts['date'][:10]}: `{command}`", flush=True)
     return 0
 
 
@@ -208,13 +214,11 @@ def _asked(
     options: argparse.Namespace,
     command: str,
     found: "Pairs",
-    weights: "Weights",
+    weights: dict[str, Any],
     protocol: "Protocol",
     device: "torch.device",
 ) -> dict[str, Any]:
     """What is measured, and on what."""
-    from dtpm_fast.weights_file import sha256
-
     return {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -234,14 +238,30 @@ def _asked(
         "seed": options.seed,
         "tile": options.tile or "none",
         "note": options.note,
-        "weights": {
-            "file": weights.path.name,
-            "sha256": sha256(weights.path),
-            "task": weights.task,
-            "trained": weights.trained,
-            "config": json.loads(weights.config.to_json()),
-        },
+        "weights": weights,
         "device": _device_name(device),
+    }
+
+
+def _weights(options: argparse.Namespace) -> dict[str, Any]:
+    """What is told of them; the number of steps, where none was asked for."""
+    from dtpm_fast.runtime.shipped import find_weights, is_export
+    from dtpm_fast.weights_file import sha256
+
+    if is_export(options.weights):
+        from dtpm_fast.export.manifest import read_manifest
+
+        manifest = read_manifest(Path(options.weights))
+        options.steps = options.steps or [len(manifest.steps)]
+        return {**manifest.weights, "task": manifest.task, "export": manifest.kind, "precision": manifest.precision}
+    weights = find_weights(options.weights, options.task)
+    options.steps = options.steps or [4]
+    return {
+        "file": weights.path.name,
+        "sha256": sha256(weights.path),
+        "task": weights.task,
+        "trained": weights.trained,
+        "config": json.loads(weights.config.to_json()),
     }
 
 

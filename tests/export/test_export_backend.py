@@ -1,5 +1,6 @@
 """An exported folder where weights are expected: `Restorer.from_pretrained` and `dtpm-restore`."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from dtpm_fast import Restorer
+from dtpm_fast.commands import evaluate
 from dtpm_fast.commands.restore import main
 from dtpm_fast.errors import UserError
 from dtpm_fast.export import ort
@@ -49,6 +51,31 @@ def test_the_command_takes_a_folder_for_weights(full_export: Path, tmp_path: Pat
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png")), expected)
     assert main([*common, "--task", "derain", "--steps", "4", "--backend", "onnx", "-o", str(tmp_path / "b.png")]) == 0
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "out.png").read_bytes()
+
+
+def test_a_folder_is_evaluated_in_its_own_steps_and_format(
+    full_export: Path, full_weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, name in (("input", "a"), ("target", "a")):
+        (tmp_path / "rain/test" / kind).mkdir(parents=True)
+        Image.fromarray(photo(24 if kind == "input" else 25, 31)[:24]).save(tmp_path / f"rain/test/{kind}/{name}.png")
+    common = ["--task", "derain", "--data", str(tmp_path / "rain"), "--device", "cpu", "--lpips", "off"]
+    figures = {}
+    for name, weights in (("export", full_export), ("weights", full_weights.path)):
+        file = tmp_path / f"{name}.json"
+        more = [] if name == "export" else ["--backend", "reference"]
+        assert evaluate.main([*common, "--weights", str(weights), "--json", str(file), *more]) == 0
+        figures[name] = json.loads(file.read_text())
+    assert figures["export"]["steps"] == [4]
+    for method, expected in figures["weights"]["mean"].items():
+        assert figures["export"]["mean"][method] == pytest.approx(expected, rel=2e-3)
+    told = figures["export"]["weights"]
+    assert (told["export"], told["precision"], told["task"]) == ("onnx", "fp32", "derain")
+    assert told["sha256"] == figures["weights"]["weights"]["sha256"]
+    assert "full.safetensors, exported (onnx, fp32)" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*common, "--weights", str(full_export), "--json", str(full_export / "manifest.json")])
+    assert stop.value.code == 2 and "a folder whose files go together" in capsys.readouterr().err
 
 
 def test_weights_still_need_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
