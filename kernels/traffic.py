@@ -223,6 +223,8 @@ def main() -> int:
 
     def work() -> int:
         shape = arguments.channels, arguments.size, arguments.batch
+        if min(shape) < 1:
+            raise UserError("--channels, --size and --batch must be 1 or more")
         if arguments.launch:
             launch(*shape)
             return 0

@@ -55,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sheet.add_argument(
-        "photos", nargs="*", type=given_path, metavar="PHOTO", help="default: scikit-image's sample photos"
+        "photos",
+        nargs="*",
+        type=given_path,
+        metavar="PHOTO",
+        help="files or folders (default: scikit-image's sample photos)",
     )
     sheet.add_argument("-o", "--output", required=True, type=given_path, metavar="FILE", help="a .jpg or .png")
     sheet.add_argument("--seed", type=_at_least(0), default=0)
@@ -66,7 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     make.add_argument(
-        "photos", nargs="*", type=given_path, metavar="PHOTO", help="default: scikit-image's colour photos"
+        "photos",
+        nargs="*",
+        type=given_path,
+        metavar="PHOTO",
+        help="files or folders (default: scikit-image's colour photos)",
     )
     make.add_argument("--task", required=True, choices=list(TASKS))
     make.add_argument("--strength", type=float, nargs="+", default=[1.0], metavar="X", help="0 is clean (default: 1)")

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from dtpm_fast.atomic import whole_folder
 from dtpm_fast.data.degradations import check_strength, degrade
-from dtpm_fast.data.pictures import find_photos
+from dtpm_fast.data.pictures import named_photos
 from dtpm_fast.data.sheet import sample_photo
 from dtpm_fast.errors import UserError
 from dtpm_fast.images import read_image, write_image
@@ -37,7 +37,7 @@ def make_pairs(
             raise UserError(f"strength {strength:g}: is given twice")
     if seed < 0:
         raise UserError(f"seed {seed}: must be 0 or more")
-    found = [path for given in photos for path in (find_photos(given) if given.is_dir() else [given])]
+    found = named_photos(photos)
     names = [path.stem for path in found] or list(SAMPLES)
     if len(set(names)) < len(names):
         raise UserError(f"{next(n for n in names if names.count(n) > 1)}: two photos have this name; rename one")

@@ -30,6 +30,13 @@ def find_photos(folder: Path | str) -> list[Path]:
     return found
 
 
+def named_photos(names: Iterable[Path | str]) -> list[Path]:
+    """The files among these, and the photos of the folders among them, in this order. Raises `UserError` for a folder
+    without pictures."""
+    paths = [Path(name) for name in names]
+    return [photo for path in paths for photo in (find_photos(path) if path.is_dir() else [path])]
+
+
 _HALVES = ("input", "target", "inputC", "gt", "data", "synthetic", "blur", "sharp", "source")
 
 

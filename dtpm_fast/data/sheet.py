@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 
 from dtpm_fast.atomic import atomic_path
 from dtpm_fast.data.degradations import DEGRADATIONS
+from dtpm_fast.data.pictures import named_photos
 from dtpm_fast.errors import UserError
 from dtpm_fast.images import SUFFIXES, read_image
 
@@ -17,13 +18,15 @@ _COLUMNS = ((0.0, 0), (0.5, 0), (1.0, 0), (1.0, 1), (1.0, 2), (2.0, 0))  # (stre
 
 
 def write_sheet(target: Path | str, photos: Sequence[Path | str] = (), seed: int = 0, quality: int = 75) -> None:
-    """A row for each task: the clean photo, then degraded with the strength that is written below each tile. JPEG or
-    PNG by the target's suffix. Raises `UserError` for a broken photo, an unknown suffix and, without photos, when
-    scikit-image is not installed."""
+    """A row for each task: the clean photo, then degraded with the strength that is written below each tile. Rows share
+    out the photos, which are files and folders. JPEG or PNG by the target's suffix. Raises `UserError` for a broken
+    photo, an unknown suffix and, without photos, when scikit-image is not installed."""
     target = Path(target)
     if target.suffix.lower() not in SUFFIXES:
         raise UserError(f"{target}: unknown picture format {target.suffix!r}; use .jpg or .png")
-    pictures = [read_image(photo) for photo in photos] or [sample_photo(name) for name in _SAMPLES]
+    pictures = [read_image(photo) for photo in named_photos(photos)[: len(DEGRADATIONS)]] or [
+        sample_photo(name) for name in _SAMPLES
+    ]
     label = 18
     sheet = Image.new("RGB", (len(_COLUMNS) * TILE, len(DEGRADATIONS) * (TILE + label)), "white")
     draw = ImageDraw.Draw(sheet)

@@ -35,13 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _texture(options: argparse.Namespace) -> int:
-    from dtpm_fast.data.pictures import find_photos
+    from dtpm_fast.data.pictures import named_photos
     from dtpm_fast.metrics.curve import write_curve
     from dtpm_fast.metrics.niqe import Niqe
     from dtpm_fast.metrics.texture import measure_texture
     from dtpm_fast.report import write_report
 
-    photos = [photo for path in options.photos for photo in (find_photos(path) if path.is_dir() else [path])]
+    photos = named_photos(options.photos)
     found, cases = measure_texture(photos, Niqe(options.niqe))
     title = f"texture removal, {len(photos)} photo{'s' if len(photos) > 1 else ''}"
     write_curve(options.output, found, "niqe", "ssim_y", title, over="α, share of the texture that is kept")

@@ -169,8 +169,12 @@ def test_a_split_file_chooses_among_pairs(photos: Path, tmp_path: Path, capsys: 
 
 def test_sheet_of_own_photos(photos: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "a.png", tmp_path / "b.png"
-    for target in (first, second):
-        assert main(["sheet", str(photos / "a.png"), str(photos / "c.webp"), "-o", str(target)]) == 0
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for name in ("a.png", "c.webp"):
+        (folder / name).write_bytes((photos / name).read_bytes())
+    assert main(["sheet", str(photos / "a.png"), str(photos / "c.webp"), "-o", str(first)]) == 0
+    assert main(["sheet", str(folder), "-o", str(second)]) == 0
     assert first.read_bytes() == second.read_bytes()
     with Image.open(first) as sheet:
         assert sheet.width > 1000
