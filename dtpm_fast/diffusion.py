@@ -136,11 +136,11 @@ def ddim_timesteps(steps: int, config: DiffusionConfig) -> list[int]:
     """The t (0-based, as in 0..T-1) that a sampler of S steps visits, from noise to clean.
 
     Trailing spacing, the default: t_i = round(T - i T/S) - 1, 999, 749, 499, 249 for S = 4. Raises `UserError`
-    unless 1 <= S <= T.
+    unless S is a whole number and 1 <= S <= T.
     """
     total = config.timesteps
-    if not 1 <= steps <= total:
-        raise UserError(f"steps = {steps}: must lie between 1 and {total}")
+    if not isinstance(steps, int) or not 1 <= steps <= total:
+        raise UserError(f"steps = {steps!r}: must be a whole number from 1 to {total}")
     if config.spacing == "trailing":
         return [round(total - i * total / steps) - 1 for i in range(steps)]
     if config.spacing == "leading":

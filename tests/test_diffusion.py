@@ -176,8 +176,8 @@ def test_trailing_timesteps():
     assert ddim_timesteps(1, SCHEDULE) == [999]
     assert ddim_timesteps(1000, SCHEDULE) == list(range(999, -1, -1))
     assert ddim_gammas(10, SCHEDULE)[-1][1] == 1.0
-    for steps in (0, 1001, -3):
-        with pytest.raises(UserError, match="between 1 and 1000"):
+    for steps in (0, 1001, -3, 2.5):
+        with pytest.raises(UserError, match="from 1 to 1000"):
             ddim_timesteps(steps, SCHEDULE)
 
 

@@ -26,7 +26,7 @@ from dtpm_fast.weights_file import Weights
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--steps": "0"}, "steps = 0: must lie between 1 and 1000"),
+        ({"--steps": "0"}, "steps = 0: must be a whole number from 1 to 1000"),
         ({"--task": "deblur"}, "trained for the task 'derain', not for 'deblur'"),
         ({"--weights": "missing.safetensors"}, "no such weights file"),
         ({"--unrolled": None, "--steps": "5"}, "--unrolled with 5 steps as onnx: offered for onnx and up to 4 steps"),

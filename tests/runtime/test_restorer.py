@@ -180,7 +180,8 @@ def test_what_ships_restores_by_name(task: str) -> None:
 
 def test_unusable_settings_are_named(weights: Path) -> None:
     for settings, message in (
-        ({"steps": 0}, "steps = 0: must lie between 1 and 1000"),
+        ({"steps": 0}, "steps = 0: must be a whole number from 1 to 1000"),
+        ({"steps": "4"}, "steps = '4': must be a whole number from 1 to 1000"),
         ({"steps": 1001}, "steps = 1001"),
         ({"backend": "magic"}, "unknown backend 'magic'"),
         ({"device": "magic"}, "unknown device 'magic'"),
