@@ -9,14 +9,11 @@ are float32 in graphs of 16 bits as well: float16 overflows in LN's variance, a 
     restored   = clip(y_eps + x, -1, 1)
 """
 
-import copy
-import itertools
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dtpm_fast.runtime.plan import Plan, Prepare, Step
 from dtpm_fast.runtime.sampler import C_IN, Steps, update
@@ -33,9 +30,6 @@ class PrepareGraph(nn.Module):
         prepare = plan.prepare_module
         self.config, self.dtype = prepare.config, prepare.dtype
         self.semantic, self.code_mlp = prepare.semantic, prepare.code_mlp
-        if self.semantic is not None:
-            self.semantic = copy.deepcopy(self.semantic)
-            fold_batch_norms(self.semantic.trunk)
         if self.code_mlp is not None:
             self.register_buffer("projection", prepare.projection)
         self.predictor: UNetGraph | None = None
@@ -213,16 +207,6 @@ def _adaln(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def _gate(x: Tensor, channels: int) -> Tensor:
     return x[:, :channels] * x[:, channels:]
-
-
-def fold_batch_norms(module: nn.Module) -> None:
-    """Put every batch norm into the convolution before it, in place: torchvision's trunks list the two so."""
-    for parent in module.modules():
-        children = list(parent.named_children())
-        for (name, conv), (next_name, norm) in itertools.pairwise(children):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(parent, name, fuse_conv_bn_eval(conv, norm))
-                setattr(parent, next_name, nn.Identity())
 
 
 def _triangle(factor: int) -> Tensor:

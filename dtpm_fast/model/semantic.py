@@ -1,5 +1,7 @@
 """The semantic code: the pooled feature of an image encoder, frozen, that tells the denoiser what it is looking at."""
 
+import copy
+import itertools
 from pathlib import Path
 
 import torch
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dtpm_fast.errors import UserError
 from dtpm_fast.model.mobilenet import CHANNELS, mobilenet_v3_small_trunk
@@ -47,6 +50,17 @@ class SemanticEncoder(nn.Module):
         """What `forward` gives, with gradients: for the distillation that trains the compact encoder."""
         image = F.interpolate(image, size=(224, 224), mode="bilinear", antialias=True, align_corners=False)
         return self.trunk((image * 0.5 + 0.5 - self.mean) / self.std).mean(dim=(2, 3))
+
+    def folded(self) -> "SemanticEncoder":
+        """A copy whose batch norms are part of the convolutions before them: the same codes in two thirds of the
+        operators."""
+        encoder = copy.deepcopy(self)
+        for parent in encoder.trunk.modules():
+            for (name, conv), (next_name, norm) in itertools.pairwise(list(parent.named_children())):
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    setattr(parent, name, fuse_conv_bn_eval(conv, norm))
+                    setattr(parent, next_name, nn.Identity())
+        return encoder
 
     def train(self, mode: bool = True) -> "SemanticEncoder":
         """Stays in evaluation mode: its batch statistics are part of the frozen weights."""

@@ -84,19 +84,6 @@ scratch = Scratch()
 class CpuBlock(nn.Module):
     """Figure 4's block, and the linear half of the adapter behind it."""
 
-    conv1: Tensor
-    conv1_bias: Tensor
-    depthwise: Tensor
-    depthwise_bias: Tensor
-    conv3: Tensor
-    conv3_bias: Tensor
-    conv4: Tensor
-    conv4_bias: Tensor
-    conv5: Tensor
-    conv5_bias: Tensor
-    attention: Tensor
-    attention_bias: Tensor
-    adapter: Tensor | None
     matrix: Tensor | None
 
     def __init__(self, block: Block, adapter: MergedAdapter | None, isa: str) -> None:
@@ -130,6 +117,8 @@ class CpuBlock(nn.Module):
         for name, value in values.items():
             self.register_buffer(name, value)
         self.register_buffer("matrix", folded.matrix)
+        # The same memory, as the C++ module takes it: weights are swapped in place.
+        self.arrays = {name: buffer.numpy() for name, buffer in self.named_buffers()}
 
     def forward(
         self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], bias_map: Tensor | None, number: int, mean: Mean
@@ -137,22 +126,22 @@ class CpuBlock(nn.Module):
         """x, bias_map: (B, h, w, C); rows: shift1, 1 + scale1, shift2, 1 + scale2, each (B or 1, C). Returns x, which
         is written over."""
         shift1, scale1, shift2, scale2 = (row.contiguous().numpy() for row in rows)
+        own, maps = self.arrays, x.numpy()
         gated, average = scratch.map("gated", *x.shape), x.new_empty(len(x), 1, x.shape[-1])
         how: dict[str, Any] = {"threads": torch.get_num_threads(), "isa": self.isa}
         _nafnet.first_pass(
-            x.numpy(), scale1, shift1, self.conv1.numpy(), self.conv1_bias.numpy(),
-            self.depthwise.numpy(), self.depthwise_bias.numpy(), gated.numpy(), average.numpy(), **how,
+            maps, scale1, shift1, own["conv1"], own["conv1_bias"], own["depthwise"], own["depthwise_bias"],
+            gated.numpy(), average.numpy(), **how,
         )  # fmt: skip
         if mean is not own_mean:
             average = mean(number, gated)
         adapted = bias_map is not None and self.matrix is not None
         _nafnet.second_pass(
-            x.numpy(), gated.numpy(), average.numpy(), self.attention.numpy(), self.attention_bias.numpy(),
-            self.conv3.numpy(), self.conv3_bias.numpy(), scale2, shift2,
-            self.conv4.numpy(), self.conv4_bias.numpy(), self.conv5.numpy(),
-            None if adapted else self.conv5_bias.numpy(),
+            maps, gated.numpy(), average.numpy(), own["attention"], own["attention_bias"],
+            own["conv3"], own["conv3_bias"], scale2, shift2, own["conv4"], own["conv4_bias"], own["conv5"],
+            None if adapted else own["conv5_bias"],
             cast(Tensor, bias_map).numpy() if adapted else None,
-            self.adapter.numpy() if adapted and self.adapter is not None else None, **how,
+            own.get("adapter") if adapted else None, **how,
         )  # fmt: skip
         return x
 

@@ -59,7 +59,8 @@ class Prepare(nn.Module):
         self.affine_rows: Tensor
         self.config, self.dtype = model.config, dtype
         self.maps = nn.ModuleDict()  # convolutions of pictures
-        self.semantic, self.code_mlp = model.semantic, model.denoiser.code_mlp
+        self.semantic = None if model.semantic is None else model.semantic.folded()
+        self.code_mlp = model.denoiser.code_mlp
         self.predictor: FoldedUNet | None = None
         if model.predictor is not None:
             self.predictor = _unet(form, model.predictor, {}, dtype)

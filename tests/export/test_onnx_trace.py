@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from dtpm_fast.export.graph import fold_batch_norms
 from dtpm_fast.export.manifest import TensorSpec
 from dtpm_fast.export.onnx_graph import field_start, write_onnx
 from dtpm_fast.export.onnx_trace import WRITERS, trace
@@ -102,16 +101,15 @@ def test_every_writer_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_trunk_of_the_papers_encoder(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    trunk = resnet18_encoder().trunk
-    for module in trunk.modules():
+    encoder = resnet18_encoder()
+    for module in encoder.trunk.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean, module.running_var = (
                 torch.randn_like(module.weight),
                 torch.rand_like(module.weight) + 1,
             )
     image = torch.randn(2, 3, 64, 96)
-    expected = trunk(image)
-    fold_batch_norms(trunk)
+    expected, trunk = encoder.trunk(image), encoder.folded().trunk
     assert not any(isinstance(module, nn.BatchNorm2d) for module in trunk.modules())
     specs = [TensorSpec("x", "float32", ("b", 3, "h", "w"))], [TensorSpec("y", "float32", ("b", 512, "p", "q"))]
     write_onnx(trunk, {"x": torch.zeros(1, 3, 32, 32)}, *specs, tmp_path / "x.onnx")

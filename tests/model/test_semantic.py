@@ -46,6 +46,21 @@ def test_compact_is_torchvisions_trunk():
     assert {f"trunk.{key}" for key in ours.state_dict()} == set(load_compact())
 
 
+@pytest.mark.parametrize("make", [compact_encoder, resnet18_encoder])
+def test_folded_gives_the_same_codes_without_batch_norms(make):
+    encoder = make().double()
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for statistic, low, high in ((module.running_mean, -1, 1), (module.running_var, 0.5, 2)):
+                statistic.uniform_(low, high)
+            module.weight.uniform_(0.5, 2), module.bias.uniform_(-1, 1)
+    folded, image = encoder.folded(), torch.rand(2, 3, 61, 97, dtype=torch.float64) * 2 - 1
+    torch.testing.assert_close(folded(image), encoder(image), rtol=1e-10, atol=1e-10)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules())
+    assert not any(p.requires_grad for p in folded.parameters())
+
+
 def test_restoring_loads_neither_torchvision_nor_the_compiler():
     """They are half of the time from a process's start to its first picture."""
     program = (
