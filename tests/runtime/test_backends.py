@@ -1,11 +1,13 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from dtpm_fast import Restorer
 from dtpm_fast.errors import UserError
@@ -56,6 +58,26 @@ def test_the_compiled_backend_keeps_its_bound_for_every_size(random_model: Calla
             assert psnr(stepper.restore(y_d, noise), Reference(model, steps).restore(y_d, noise)) >= 60
 
 
+def test_a_failure_of_the_compiler_alone_is_one_line(
+    random_model: Callable[..., tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = random_model()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    y_d, noise = picture(1, 8, 8)
+    for error, expected, message in (
+        (TorchDynamoException("no compiler\nand how it came to that"), UserError, r"failed \(no compiler\); use"),
+        (RuntimeError("out of memory"), RuntimeError, "^out of memory$"),
+    ):
+
+        def failing(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(torch, "compile", lambda module, failing=failing: failing)
+        stepper, _ = choose_backend("compiled", model, make_steps(config, 2), CPU)
+        with pytest.raises(expected, match=message):
+            stepper.restore(y_d, noise)
+
+
 def test_auto_says_what_it_took_and_why(random_model: Callable[..., tuple]) -> None:
     model, config = random_model()
     steps = make_steps(config, 2)
@@ -67,6 +89,8 @@ def test_auto_says_what_it_took_and_why(random_model: Callable[..., tuple]) -> N
     stepper, why = choose_backend("auto", gated, steps, CPU)
     assert isinstance(stepper, Reference)
     assert why == "backend reference, float32: chosen by auto, because gated adapters cannot be merged"
+    without, config = random_model(adapter_kind="gated", adapter_positions="none")  # nothing to merge
+    assert choose_backend("auto", without, make_steps(config, 2), CPU)[1].startswith("backend fused")
 
 
 def test_what_cannot_be_had_is_refused(random_model: Callable[..., tuple]) -> None:
@@ -97,15 +121,28 @@ def test_precision_follows_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_precision("auto", CPU, dots.get) == (torch.bfloat16, "this CPU multiplies it (avx512bf16)")
     assert choose_precision("auto", CPU, avx2.get)[0] == torch.float32  # not PyTorch's operators in bfloat16
     assert choose_precision("float32", CPU) == (torch.float32, "as asked")
+    assert choose_precision("bfloat16", CPU, avx2.get) == (torch.bfloat16, "as asked")  # although slower
 
 
 def test_warmup_and_the_log_line(
-    tmp_path: Path, random_weights: Callable[..., Path], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    random_weights: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.INFO, "dtpm_fast")
     restorer = Restorer.from_pretrained(random_weights(tmp_path / "w.safetensors"), "derain", device="cpu")
     assert caplog.messages == [restorer.about]
+    shapes: list[tuple[int, ...]] = []
+    restore = restorer.backend.restore
+
+    def seen(y_d: Tensor, noise: Tensor) -> Tensor:
+        shapes.append(tuple(y_d.shape))
+        return restore(y_d, noise)
+
+    monkeypatch.setattr(restorer.backend, "restore", seen)
     assert restorer.warmup([(8, 8), (9, 17)], batch=2) > 0
+    assert shapes == 2 * [(2, 3, 8, 8)] + 2 * [(2, 3, 16, 24)]  # a graph is captured when a size comes again
     assert caplog.messages[-1].startswith("warm after")
 
 
@@ -129,22 +166,27 @@ def test_set_task_gives_what_a_new_restorer_gives(
         )
         for seed, (task, sigma) in enumerate(sigmas.items())
     }
-    other = random_weights(tmp_path / "other.safetensors", width=24)
-    restorer = Restorer.from_pretrained(files["derain"], "derain", device=device, backend=backend)
-    fresh = {
-        task: Restorer.from_pretrained(file, task, device=device, backend=backend)(photo)
-        for task, file in files.items()
-    }
+    others = [  # of another shape, and of another table of the sampler
+        random_weights(tmp_path / "wide.safetensors", width=24),
+        random_weights(tmp_path / "unclipped.safetensors", clip=False, sigma_data=0.1, prior_sigma_data=0.1),
+    ]
+    common: dict[str, Any] = {"steps": 5, "device": device, "backend": backend, "sampler": "dpm++2m"}  # no defaults
+    restorer = Restorer.from_pretrained(files["derain"], "derain", **common)
+    fresh = {task: Restorer.from_pretrained(file, task, **common)(photo) for task, file in files.items()}
     assert len({picture.tobytes() for picture in fresh.values()}) == 3
     for task in ("desnow", "derain", "deblur", "desnow"):  # new, back, new, and one from before
         restorer.set_task(task, files[task])
         assert f"{task}.safetensors ({task}" in restorer.about
         np.testing.assert_array_equal(restorer(photo), fresh[task])
-    with pytest.raises(UserError, match="another network"):
-        restorer.set_task("derain", other)
+    for other in others:
+        with pytest.raises(UserError, match="another network"):
+            restorer.set_task("derain", other)
     with pytest.raises(UserError, match="trained for the task 'desnow'"):
         restorer.set_task("defocus")
     np.testing.assert_array_equal(restorer(photo), fresh["desnow"])
+    random_weights(files["derain"], seed=7, sigma_data=0.1, prior_sigma_data=0.1)  # the file has changed meanwhile
+    restorer.set_task("derain", files["derain"])
+    np.testing.assert_array_equal(restorer(photo), Restorer.from_pretrained(files["derain"], "derain", **common)(photo))
 
 
 @pytest.mark.parametrize("tiles_first", [True, False])

@@ -304,6 +304,9 @@ def test_fused_says_which_blocks_run_and_falls_back_to_pytorch(
     odd, odd_config = random_model(width=18, adapter_ratio=0.5)
     plan, why = choose_backend("fused", odd, make_steps(odd_config, 2), torch.device("cpu"), "float32")
     assert isinstance(plan, Plan) and plan.form == "folded" and why.endswith("blocks in PyTorch")
+    narrow, narrow_config = random_model(predictor_width=18)  # the predictor alone fills no vector
+    plan, why = choose_backend("fused", narrow, make_steps(narrow_config, 2), torch.device("cpu"), "float32")
+    assert isinstance(plan, Plan) and plan.form == "folded" and why.endswith("blocks in PyTorch")
     with pytest.raises(ValueError, match="cannot run 18 channels"):
         Plan(odd, make_steps(odd_config, 2), form="native")
     monkeypatch.setattr(cpu_unet, "_nafnet", None)
