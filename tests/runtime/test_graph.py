@@ -7,6 +7,7 @@ graphs are tested by the tests marked `gpu` in test_backends.py.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,7 @@ class Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.pool = -1  # that it was captured in
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -51,15 +53,16 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
 
     @contextmanager
     def capture(recording: Recording, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
-        assert pool == "the pool"
+        assert isinstance(pool, int)
         assert stream is the_stream
+        recording.pool = pool
         made.append(recording)
         with recording:
             yield
 
-    the_stream = SimpleNamespace(wait_stream=lambda other: None)
+    the_stream, pools = SimpleNamespace(wait_stream=lambda other: None), count()
     for name, value in {
-        "graph_pool_handle": lambda: "the pool", "synchronize": lambda device: None,
+        "graph_pool_handle": lambda: next(pools), "synchronize": lambda device: None,
         "memory_reserved": lambda device: 0, "empty_cache": lambda: None, "set_stream": lambda stream: None,
         "Stream": lambda device: the_stream, "current_stream": lambda device: the_stream,
         "stream": lambda stream: nullcontext(), "CUDAGraph": Recording, "graph": capture,
@@ -114,11 +117,12 @@ def test_the_least_recently_used_shape_goes_and_results_stay(
     assert not captures
     first = graph.restore(*small)
     kept = first.clone()
-    for given in (wide, small, tall, small):  # tall drives wide out
+    for given in (wide, small, tall, picture(1, 1, 8, 8)):  # tall drives wide out
         graph.restore(*given)
     assert [shape[-2:] for shape in graph.graphs] == [(16, 8), (8, 8)]
     assert set(graph.bytes) == {(1, 3, 16, 8), (1, 3, 8, 8)}
     assert len(captures) == 3
+    assert len({capture.pool for capture in captures}) == 1
     graph.restore(*wide)
     assert len(captures) == 4
     assert torch.equal(first, kept)  # a caller's picture is its own
@@ -134,6 +138,7 @@ def test_memory_given_back_is_captured_anew(random_model: Callable[..., tuple], 
     assert not graph.graphs and not graph.bytes
     assert torch.equal(graph.restore(*given), first)
     assert len(captures) == 2
+    assert captures[0].pool != captures[1].pool  # a pool goes with its last graph
 
 
 def test_a_cpu_is_refused(random_model: Callable[..., tuple]) -> None:
