@@ -3,7 +3,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from dtpm_fast import Restorer
 from dtpm_fast.commands.restore import main, plan_outputs
 from dtpm_fast.errors import UserError
-from dtpm_fast.images import write_image
+from dtpm_fast.images import read_image, write_image
 from dtpm_fast.model.dtpm import DTPM
+from dtpm_fast.report import Case
 from dtpm_fast.runtime.shipped import locate
+from dtpm_fast.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,33 @@ def test_a_report_of_folders_shows_some_of_the_photos(
         assert usage.value.code == 2
 
 
+def test_a_report_says_what_ran_and_shows_each_version_under_its_name(
+    photos: Path, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases: list[Case] = []
+    facts: dict[str, str] = {}
+
+    def write_report(given: Iterable[Case], path: Path, title: str, about: dict[str, str]) -> None:
+        cases.extend(given)
+        facts.update(about, title=title)
+
+    monkeypatch.setattr("dtpm_fast.report.write_report", write_report)
+    out = tmp_path / "the output.png"
+    common = ["--task", "derain", "--weights", weights, "--device", "cpu"]
+    assert main([str(photos / "grey.png"), "-o", str(out), *common, "--report", str(tmp_path / "page.html")]) == 0
+    predicted = Restorer.from_pretrained(weights, "derain", device="cpu").predict(photos / "grey.png")
+    (case,) = cases
+    shown = {picture.label: picture.image for picture in case.versions}
+    assert list(shown) == ["input", "initial predictor", "result"]  # from the slider's left to its right
+    wanted = read_image(photos / "grey.png"), predicted, read_image(out)
+    for image, expected in zip(shown.values(), wanted, strict=True):
+        np.testing.assert_array_equal(image, expected)
+    assert facts["Photos"] == "1 photo"
+    assert facts["Restorer"].startswith("weights tiny.safetensors (derain, tiny")
+    assert f"-o '{out}' --task derain" in facts["Command"]
+    assert facts["title"] == f"dtpm-restore: {TASKS['derain']}"
+
+
 def test_outputs_keep_the_stem(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
@@ -159,7 +189,8 @@ def test_outputs_keep_the_stem(tmp_path: Path) -> None:
     assert plan_outputs([folder, alone], out)[-1] == (alone, out / "z.png")
     assert plan_outputs([folder, alone], out)[0] == (folder / "x.jpg", out / "in" / "x.png")
     assert plan_outputs([alone], out) == [(alone, out / "z.png")]
-    assert plan_outputs([alone], tmp_path / "new.webp") == [(alone, tmp_path / "new.webp")]
+    for name in ("new.webp", "NEW.JPG"):
+        assert plan_outputs([alone], tmp_path / name) == [(alone, tmp_path / name)]
     (tmp_path / "folder.d").mkdir()
     assert plan_outputs([alone], tmp_path / "folder.d") == [(alone, tmp_path / "folder.d" / "z.png")]
 
@@ -216,6 +247,25 @@ def test_a_second_run_goes_on_where_the_first_stopped(
     assert (out / "a.png").stat().st_mtime_ns == before
 
 
+def test_what_failed_before_ctrl_c_is_named(
+    tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.png").write_text("not a picture")
+    Image.new("RGB", (2, 2)).save(folder / "b.png")
+
+    def stopped(path: Path, rgb: np.ndarray) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dtpm_fast.commands.restore.write_image", stopped)
+    given = [str(folder), "-o", str(tmp_path / "out"), "--task", "derain", "--weights", weights, "--device", "cpu"]
+    assert main(given) == 130
+    said = capsys.readouterr().err
+    assert f"error: {folder / 'a.png'}: not a readable picture" in said
+    assert said.endswith("stopped\n")
+
+
 def test_unusable_arguments_end_before_any_work(tmp_path: Path, weights: str) -> None:
     picture = tmp_path / "z.jpg"
     Image.new("RGB", (2, 2)).save(picture)
@@ -238,6 +288,13 @@ def test_unusable_arguments_end_before_any_work(tmp_path: Path, weights: str) ->
         assert main(given) == 1
     assert not (tmp_path / "out").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "z.jpg", "z.png"]
+
+
+def test_a_folder_of_somebody_else_ends_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "x.png")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    with pytest.raises(UserError, match="is not yours to write in"):
+        plan_outputs([tmp_path / "x.png"], tmp_path / "new" / "folder")
 
 
 def test_what_is_broken_in_a_folder_is_named_at_the_end(

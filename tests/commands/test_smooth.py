@@ -1,5 +1,6 @@
 """`dtpm-smooth`: its results, what it skips, what it survives."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,11 +44,44 @@ def photos(tmp_path: Path) -> Path:
 
 def test_photos_keep_their_place_and_are_smoothed(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert main([str(photos), "-o", str(out), "--lam", "0.02", "--sigma", "2"]) == 0
+    settings: dict[str, Any] = {"lam": 0.02, "sigma": 2.0, "sharpness": 0.1, "iterations": 2, "mode": "matlab_pcg"}
+    options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    assert main([str(photos), "-o", str(out), *options]) == 0
     assert sorted(contents(out)) == ["deep/two.png", "dtpm-smooth.json", "one.png"]
     for source, target in (("one.png", "one.png"), ("deep/two.bmp", "deep/two.png")):
-        expected = rtv_smooth(np.array(Image.open(photos / source)), 0.02, 2.0)
+        expected = rtv_smooth(np.array(Image.open(photos / source)), **settings)
         np.testing.assert_array_equal(np.array(Image.open(out / target)), expected)
+    assert main([str(photos / "one.png"), "-o", str(tmp_path / "plain")]) == 0
+    plain = np.array(Image.open(tmp_path / "plain" / "one.png"))
+    np.testing.assert_array_equal(plain, rtv_smooth(np.array(Image.open(photos / "one.png"))))
+
+
+def test_folders_beside_each_other_become_folders_of_the_output(photos: Path, tmp_path: Path) -> None:
+    other = tmp_path / "more"
+    write_photo(other / "one.png", 20, 24, 3)
+    write_photo(tmp_path / "alone.png", 20, 24, 4)
+    out = tmp_path / "out"
+    assert main([str(photos), str(other), str(tmp_path / "alone.png"), "-o", str(out)]) == 0
+    found = sorted(contents(out))
+    assert found == ["alone.png", "dtpm-smooth.json", "more/one.png", "photos/deep/two.png", "photos/one.png"]
+
+
+def test_a_write_that_fails_leaves_no_part_of_a_result(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = Image.Image.save
+
+    def full(self: Image.Image, path: Path, **named: Any) -> None:
+        save(self, path, **named)
+        if self.size == (51, 40):
+            Path(path).write_bytes(Path(path).read_bytes()[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    out = tmp_path / "out"
+    assert main([str(photos), "-o", str(out)]) == 1
+    assert sorted(contents(out)) == ["deep/two.png", "dtpm-smooth.json"]
+    assert "one.png: could not be written (No space left on device)" in capsys.readouterr().err
 
 
 def test_crops_are_smoothed_by_themselves(photos: Path, tmp_path: Path) -> None:
@@ -72,10 +107,10 @@ def test_a_rerun_does_only_what_is_missing(photos: Path, tmp_path: Path) -> None
     times = {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
     lost = next((out / "smooth" / "deep").iterdir())
     lost.unlink()
-    leftover = out / "smooth" / "deep" / f".{lost.name}.k2j3h4.png"
-    leftover.write_bytes(b"half a picture")
+    for kind in ("smooth", "clean"):
+        (out / kind / "deep" / f".{lost.name}.k2j3h4.png").write_bytes(b"half a picture")
     assert main(arguments) == 0
-    assert contents(out) == before and not leftover.exists()
+    assert contents(out) == before  # without what killed runs left
     changed = {p for p, at in times.items() if p.stat().st_mtime_ns != at}
     assert changed == {lost, Path(str(lost).replace("smooth/deep", "clean/deep"))}
 
@@ -102,16 +137,47 @@ def test_broken_photos_are_named_at_the_end(photos: Path, tmp_path: Path, capsys
     assert len(errors) == 2
     assert "cut.png: not a readable picture" in "".join(errors)
     assert "broken.jpg: not a readable picture" in "".join(errors)
+    write_photo(photos / "narrow.png", 70, 33, 3)
     assert main([str(photos), "-o", str(tmp_path / "crops"), "--crop", "36"]) == 1
-    assert "two.bmp: 70x33 is smaller than a crop of 36" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "two.bmp: 70x33 is smaller than a crop of 36" in said
+    assert "narrow.png: 33x70 is smaller than a crop of 36" in said
+
+
+def test_a_photo_that_cannot_be_smoothed_keeps_no_other_from_its_result(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_photo(photos / "three.png", 20, 24, 3)
+    failures = {51: MemoryError(), 70: RuntimeError("a solve did not converge")}  # by width
+
+    def smooth(photo: np.ndarray, **settings: Any) -> np.ndarray:
+        if photo.shape[1] in failures:
+            raise failures[photo.shape[1]]
+        return photo
+
+    monkeypatch.setattr("dtpm_fast.commands.smooth.rtv_smooth", smooth)
+    out = tmp_path / "out"
+    assert main([str(photos), "-o", str(out)]) == 1
+    assert sorted(contents(out)) == ["dtpm-smooth.json", "three.png"]
+    said = capsys.readouterr().err
+    assert f"error: {photos / 'one.png'}: out of memory" in said
+    assert f"error: {photos / 'deep' / 'two.bmp'}: a solve did not converge" in said
 
 
 def test_settings_do_not_mix(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main([str(photos), "-o", str(out)]) == 0
-    assert main([str(photos), "-o", str(out), "--lam", "0.5"]) == 1
-    assert "other settings" in capsys.readouterr().err
+    for other in (["--lam", "0.5"], ["--crop", "16"]):
+        assert main([str(photos), "-o", str(out), *other]) == 1
+        assert "other settings" in capsys.readouterr().err
     assert json.loads((out / "dtpm-smooth.json").read_text())["lam"] == 0.01
+    (out / "dtpm-smooth.json").write_text("{")
+    assert main([str(photos), "-o", str(out)]) == 1
+    assert "dtpm-smooth.json: not readable" in capsys.readouterr().err
+    crops = [str(photos), "-o", str(tmp_path / "crops"), "--crop", "16", "--device", "cpu"]
+    assert main(crops) == 0
+    assert main([*crops, "--stride", "8"]) == 1
+    assert "other settings" in capsys.readouterr().err
 
 
 def test_an_output_inside_the_input_is_not_smoothed_again(photos: Path) -> None:
@@ -167,11 +233,14 @@ def test_auto_takes_the_cpu_for_what_a_gpu_cannot(
         (["empty", "-o", "out"], 1, "empty: no pictures in it"),
         (["photos", "photos", "-o", "out"], 1, "would have one name"),
         (["photos", "-o", "photos"], 1, "photos: is the input itself; choose another folder"),
+        (["photos/one.png", "-o", "photos"], 1, "one.png: the result would replace it; choose another folder"),
         (["photos", "-o", "photos/one.png/out"], 1, "cannot be written"),
         (["photos", "-o", "out", "--device", "tpu"], 1, "use auto, cpu, cuda or cuda:N"),
         (["photos", "-o", "out", "--device", "cudax:9"], 1, "use auto, cpu, cuda or cuda:N"),
         (["photos", "-o", "out", "--lam", "-1"], 2, "-1: must be zero or positive"),
         (["photos", "-o", "out", "--sigma", "0"], 2, "0: must be positive"),
+        (["photos", "-o", "out", "--lam", "nan"], 2, "nan: must be zero or positive"),
+        (["photos", "-o", "out", "--lam", "inf"], 2, "inf: must be zero or positive"),
         (["photos", "-o", "out", "--sigma", "5000"], 2, "5000: must be at most 1000"),
         (["photos", "-o", "out", "--crop", "x"], 2, "invalid int value"),
         (["photos", "-o", "out", "--stride", "4"], 2, "--stride needs --crop"),
