@@ -222,6 +222,13 @@ def test_matlab_mode_is_the_early_stopped_solver() -> None:
     assert info.residuals.max() <= 0.1
 
 
+def test_matlab_mode_has_nothing_to_solve_in_a_black_picture() -> None:
+    smooth, info = rtv_smooth(np.zeros((6, 7, 3)), mode="matlab_pcg", return_info=True)
+    assert not smooth.any()
+    assert info.iterations.tolist() == [4 * [0]]
+    assert info.residuals.tolist() == [4 * [0.0]]
+
+
 @pytest.mark.parametrize("layout", ["HW", "HWC", "NHWC"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
 def test_layouts_and_dtypes(layout: str, dtype: type) -> None:
@@ -298,6 +305,14 @@ def test_weights_beyond_float32_are_an_error() -> None:
     image = np.random.default_rng(10).random((40, 40, 3)).astype(np.float32)
     with pytest.raises(RuntimeError, match="did not converge"):
         rtv_smooth(image, lam=1e8, sharpness=1e-6)
+
+
+def test_the_programs_own_small_numbers_are_not_flushed_to_zero() -> None:
+    """The smoother flushes denormal numbers while it runs, by a setting of the thread that called it."""
+    small, half = np.full(64, 1e-40, np.float32), np.float32(0.5)
+    assert (small * half > 0).all()
+    rtv_smooth(np.random.default_rng(17).random((8, 9, 3)).astype(np.float32))
+    assert (small * half > 0).all()
 
 
 def test_from_many_threads_at_once() -> None:
