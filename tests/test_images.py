@@ -1,6 +1,7 @@
 """Pictures in and out: every mode that people have, and broken files by name."""
 
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +117,25 @@ def test_colours_of_another_profile_become_srgb(tmp_path, rgb):
     shown = np.asarray(few) != few.getpixel((0, 0))
     assert (clear[~shown] == 255).all()
     assert np.array_equal(clear[shown], read_image(tmp_path / "flat.png")[shown])
+
+
+def linear_grey() -> bytes:
+    """A profile of grey whose values are proportional to light."""
+    text = b"mluc" + bytes(4) + struct.pack(">II2s2sII", 1, 12, b"en", b"US", 8, 28) + "grey".encode("utf-16-be")
+    white = struct.pack(">3i", 63190, 65536, 54061)
+    contents = {b"desc": text, b"cprt": text, b"wtpt": b"XYZ " + bytes(4) + white, b"kTRC": b"curv" + bytes(8)}
+    table, data, start = struct.pack(">I", len(contents)), b"", 132 + 12 * len(contents)
+    for name, content in contents.items():
+        table += name + struct.pack(">II", start + len(data), len(content))
+        data += content
+    head = struct.pack(">I4xI4s4s4s12x4s28x", start + len(data), 0x04200000, b"mntr", b"GRAY", b"XYZ ", b"acsp") + white
+    return head.ljust(128, b"\0") + table + data
+
+
+def test_a_profile_of_grey_counts_for_grey_pictures(tmp_path: Path) -> None:
+    for mode, expected in (("L", 188), ("LA", 188), ("RGB", 128)):  # half of white's light is 188 of 255 in sRGB
+        Image.new("L", (4, 3), 128).convert(mode).save(tmp_path / "grey.png", icc_profile=linear_grey())
+        assert (read_image(tmp_path / "grey.png") == expected).all()
 
 
 @pytest.mark.parametrize("top", [1, 255, 65535])
