@@ -11,6 +11,7 @@ from dtpm_fast.kernels.channel_attention import (
     _channel_attention_backward,
     channel_attention_ref,
 )
+from dtpm_fast.kernels.channel_attention_triton import MOST_PROGRAMS, attention_options, mean_and_attention
 
 FORMATS = [torch.channels_last, torch.contiguous_format]
 NAMES = ["out", "x.grad", "weight.grad", "bias.grad"]
@@ -25,8 +26,13 @@ def test_triton_by_the_rule(
     shape: tuple[int, int, int, int],
     offset: float,
     memory_format: torch.memory_format,
+    monkeypatch: pytest.MonkeyPatch,
     assert_as_exact_as_eager: Callable[..., None],
 ) -> None:
+    if shape[2] > 9:  # a program walks over several tiles, as it does of a large map
+        several = "dtpm_fast.kernels.channel_attention_triton.programs_per_sample"
+        monkeypatch.setattr(several, lambda tiles, samples: min(tiles, 7))
+
     def draw() -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         channels = shape[1]
         x = (torch.randn(shape) + offset).to(device, dtype).contiguous(memory_format=memory_format)
@@ -45,6 +51,16 @@ def test_triton_by_the_rule(
         return ours, run(channel_attention_ref, dtype), run(channel_attention_ref, torch.float64)
 
     assert_as_exact_as_eager(draw, NAMES)
+
+
+@pytest.mark.parametrize("programs", [1, 41, MOST_PROGRAMS + 1])
+def test_triton_adds_the_sums_of_all_programs(device: str, programs: int) -> None:
+    assert 1 < attention_options(72)["BLOCK_S"] < 41  # several steps, of which the last is not full
+    sums, weight, bias = torch.randn(2, programs, 72), torch.randn(72, 72), torch.randn(72)
+    mean, attention = mean_and_attention(sums.to(device), 50, weight.to(device), bias.to(device))
+    expected = sums.double().sum(1) / 50
+    torch.testing.assert_close(mean.cpu(), expected)
+    torch.testing.assert_close(attention.cpu(), (expected @ weight.double().T + bias).float())
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own

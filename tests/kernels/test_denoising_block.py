@@ -50,12 +50,12 @@ def run(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, kin
 @pytest.fixture(params=["recorded", "fused", "wide", "parts"])
 def kernels(request: pytest.FixtureRequest, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The recorded dispatch table; one that fuses everything, in smaller tiles; one whose forward is that of many
-    channels, and which fuses nothing else; and one that fuses what it must. The second has strips of several rows and
-    sums of many programs, which only large maps have otherwise."""
+    channels, and which fuses nothing else; and one that fuses what it must. The second has strips of several rows,
+    sums of many programs and programs of several tiles, which only large maps have otherwise."""
     recorded = table()
     if request.param != "fused" and dtype == torch.float32:
         pytest.skip("in float32 the recorded table fuses what it must, whose algebra is checked in float64")
-    strip, tile = {"GROUPS": 4, "COLUMNS": 2, "BLOCK_C": 64, "ROWS": 8}, {"BLOCK_P": 32}
+    strip, tile = {"GROUPS": 4, "COLUMNS": 2, "BLOCK_C": 64, "ROWS": 8}, {"BLOCK_P": 16}
     product = {"BLOCK_P": 16, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4}
     own = dict.fromkeys(WIDE, product) | {FUSED[0]: tile | {"BLOCK_N": 32}}
     wanted = {"fused": FUSED, "wide": WIDE, "parts": ()}
@@ -72,8 +72,14 @@ def kernels(request: pytest.FixtureRequest, dtype: torch.dtype, monkeypatch: pyt
     if request.param == "fused":
         monkeypatch.setattr("dtpm_fast.kernels.dwconv_triton.FEWEST_PROGRAMS", 1)
         monkeypatch.setattr("dtpm_fast.kernels.channel_attention_triton.MOST_PROGRAMS", 1)
+        for module in ("adaln_conv1x1_triton", "attention_ffn_triton"):
+            monkeypatch.setattr(f"dtpm_fast.kernels.{module}.programs_per_sample", _two_programs)
     with using_table(entries):
         yield request.param
+
+
+def _two_programs(tiles: int, samples: int, total: int) -> int:
+    return min(tiles, 2)
 
 
 @pytest.mark.parametrize(("shape", "offset"), [((1, 48, 9, 7), 0.0), ((3, 32, 5, 7), 100.0)])

@@ -133,6 +133,25 @@ def options_in(kernels: Table, kernel: str, channels: int) -> dict[str, int] | N
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the tuner times compiled kernels")
+def test_tuner_passes_over_tiles_that_do_not_fit_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dtpm_fast.kernels import tune as module
+
+    monkeypatch.setattr(module.triton.testing, "do_bench", lambda step, **_: step())
+
+    def fails(error: Exception) -> Callable[[], float]:
+        def step() -> float:
+            raise error
+
+        return step
+
+    too_large = module.triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
+    for error in (too_large, RuntimeError("PassManager::run failed")):
+        assert module._time("ffn_backward", None, fails(error)) is None
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        module._time("ffn_backward", None, fails(RuntimeError("CUDA error: an illegal memory access")))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the tuner times compiled kernels")
 def test_tuner_writes_a_table_that_a_second_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dtpm_fast.kernels import tune as module
 
