@@ -43,11 +43,15 @@ def test_weights_outlive_settings_of_training():
         ("crop=100", "multiple of 16"),
         ("beta_start=0.5", "beta_start <= beta_end"), ("eta=2", "between 0 and 1"), ("clip=1", "expected bool"),
         ("decoder_blocks=[1,1]", "equally many levels"), ("adapter_ratio=0.001", "leaves no channel"),
+        ("predictor_decoder_blocks=[1,1]", "predictor_encoder_blocks and predictor_decoder_blocks: need equally many"),
+        ("encoder_blocks=[1,1] decoder_blocks=[1,1] crop=24", "crop = 24: must be a multiple of 16"),  # the predictor's
+        ("loss_weighting=edm parameterization=eps", "set parameterization=preconditioned"),
+        ("beta_end=1.0", "beta_end < 1"), ("ema=1.5", "ema = 1.5: must lie between 0 and 1"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_named(setting, message):
     with pytest.raises(UserError, match=message):
-        Config.load(None, [setting])
+        Config.load(None, setting.split())
 
 
 def test_a_broken_toml_file_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Metrics against independent implementations: numpy, scipy and scikit-image, computed another way."""
 
 import hashlib
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ from dtpm_fast.metrics.niqe import Niqe
 from dtpm_fast.metrics.perceptual import Lpips, PatchFid, cut_patches
 from dtpm_fast.metrics.protocols import PROTOCOLS, default_protocol, weatherdiff_size
 from dtpm_fast.metrics.texture import remove_texture
-from dtpm_fast.pretrained import Backbone, BackboneMissing
+from dtpm_fast.pretrained import DOWNLOAD_TIMEOUT, Backbone, BackboneMissing
 
 CPU = torch.device("cpu")
 
@@ -246,13 +247,16 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 
 def test_offline_says_which_file_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(url: str, *_: object, **__: object) -> None:
+        assert socket.getdefaulttimeout() == DOWNLOAD_TIMEOUT
         raise OSError(f"no route to {url}")
 
+    before = socket.getdefaulttimeout()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     monkeypatch.delenv("DTPM_ALEXNET", raising=False)
     with pytest.raises(BackboneMissing, match=r"LPIPS is left out: alexnet-owt-7be5be79.pth .*DTPM_ALEXNET"):
         Lpips(CPU)
+    assert socket.getdefaulttimeout() == before
 
 
 def test_environment_and_cache_give_the_file(
@@ -261,6 +265,8 @@ def test_environment_and_cache_give_the_file(
     backbone = backbone_of(alexnet[0])
     monkeypatch.setenv(backbone.variable, str(alexnet[0]))
     assert backbone.find() == alexnet[0]
+    monkeypatch.setenv(backbone.variable, str(tmp_path / "another.pth"))
+    assert backbone.find(alexnet[0]) == alexnet[0]  # what is given goes before what the environment says
     monkeypatch.delenv(backbone.variable)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     cached = tmp_path / "checkpoints" / "file.pth"

@@ -11,7 +11,7 @@ from dtpm_fast.weights_file import fill, fill_start, load_model, read_weights, s
 
 
 def make(preset="tiny", stage=2, **settings):
-    config = Config.of(preset=preset, semantic_code="none", **settings)
+    config = Config.of(**{"preset": preset, "semantic_code": "none", **settings})
     return DTPM(config.model, stage), config
 
 
@@ -31,6 +31,15 @@ def test_half_precision_storage_loads_as_float32(tmp_path):
     for name, value in again.state_dict().items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_published_encoder_is_not_stored(tmp_path):
+    model, config = make(semantic_code="resnet18")
+    save_weights(tmp_path / "w.safetensors", model.state_dict(), config, 2, "derain")
+    weights = read_weights(tmp_path / "w.safetensors")
+    names = {name for name in model.state_dict() if not name.startswith("semantic.")}
+    assert weights.tensors.keys() == names != model.state_dict().keys()
+    fill(model, weights)  # and none of it is missing
 
 
 def test_stage_1_given_where_stage_2_is_needed(tmp_path):

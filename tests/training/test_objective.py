@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dtpm_fast.config import Config
+from dtpm_fast.diffusion import stage2_loss
 from dtpm_fast.training.objective import PSNR_FLOOR, Objective
 
 
@@ -39,3 +40,13 @@ def test_psnr_is_finite_and_flat_for_a_perfect_picture(random_model, pair):
     value.backward()
     assert value.item() == pytest.approx(10 * math.log10(PSNR_FLOOR))
     assert clean.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_the_predictors_loss_is_added_with_its_weight(random_model, pair, weight):
+    model, config = random_model(0, 2, predictor_loss=weight, predictor_norm="l2")
+    first, second = pair
+    eps, gamma = torch.randn_like(first), torch.tensor([0.2, 0.5, 0.9])
+    loss, y_eps = stage2_loss(model, config.diffusion, second, first, eps, gamma)
+    wanted = loss + weight * (y_eps - second).square().mean()
+    torch.testing.assert_close(Objective(model, config)(first, second, eps, gamma), wanted)

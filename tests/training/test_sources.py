@@ -1,13 +1,17 @@
-"""What is held out for validation is in no training sample."""
+"""What is held out for validation is in no training sample; which settings reach the samples."""
 
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from dtpm_fast.config import Config
 from dtpm_fast.errors import UserError
-from dtpm_fast.training.sources import stage1_source, stage2_source
+from dtpm_fast.training.sources import Source, stage1_source, stage2_source
 
 
 def cropped(photos, folder):
@@ -83,3 +87,56 @@ def test_half_a_set_of_pairs_is_not_taken_for_clean_photos(photos, tmp_path):
     with pytest.raises(UserError, match="input in it looks like one half of pairs"):
         stage2_source("derain", tmp_path / "pairs", None, None, None, train)
     assert stage2_source("derain", tmp_path / "pairs" / "somewhere" / "input", None, None, None, train).validation
+
+
+def changed(source: Source, count: int = 40) -> float:
+    """The share of training samples whose degraded picture is not the clean one."""
+    return sum(not (y_d == y_g).all() for y_d, y_g in (source.data[index] for index in range(count))) / count
+
+
+def test_strength_and_shares_are_those_of_the_settings(photos: Path, tmp_path: Path) -> None:
+    for half in ("input", "target"):
+        shutil.copytree(photos, tmp_path / "pairs" / half)  # pairs in which nothing is degraded
+
+    def source(data: Path, synthetic: Path | None = None, **settings: float) -> Source:
+        train = Config.of(crop=16, validation_images=2, **settings).train
+        return stage2_source("dehaze", data, None, synthetic, None, train)
+
+    hazy, clear = source(photos), source(photos, strength=0.0)
+    assert changed(hazy) == 1 and all((y_d != y_g).any() for y_d, y_g in hazy.validation)
+    assert changed(clear) == 0 and all((y_d == y_g).all() for y_d, y_g in clear.validation)
+    for share in (0.0, 0.2, 1.0):
+        assert changed(source(tmp_path / "pairs", photos, synthetic_share=share)) == pytest.approx(share, abs=0.15)
+        assert changed(source(photos, clean_share=share)) == pytest.approx(1 - share, abs=0.15)
+
+
+@pytest.fixture
+def skies(tmp_path: Path) -> Path:
+    """Pairs, and clean photos in `target`, of pictures that brighten downwards."""
+    rows = np.repeat(np.linspace(40, 200, 96).astype(np.uint8), 96 * 3).reshape(96, 96, 3)
+    for half in ("input", "target"):
+        (tmp_path / "skies" / half).mkdir(parents=True)
+        for name in ("a", "b"):
+            Image.fromarray(rows).save(tmp_path / "skies" / half / f"{name}.png")
+    return tmp_path / "skies"
+
+
+def test_what_falls_keeps_its_direction_and_half_turns_are_a_setting(skies: Path) -> None:
+    def targets(source: Source) -> Iterator[Tensor]:
+        return (source.data[index][1][0] for index in range(24))
+
+    def tilted(target: Tensor) -> bool:
+        return all(float(target.diff(dim=axis).abs().mean()) > 1e-3 for axis in (0, 1))
+
+    plain, turned = (Config.of(crop=32, rotate45=on).train for on in (False, True))
+    clean = skies / "target"
+    for task in ("derain", "rainhaze", "desnow", "raindrop", "deblur", "defocus", "dehaze"):
+        upright = all((t[-1] > t[0]).all() for t in targets(stage2_source(task, skies, None, None, None, plain)))
+        assert upright == (task in ("derain", "rainhaze", "desnow", "raindrop")), task
+    for train in (plain, turned):
+        for source in (
+            stage1_source(clean, clean, None, train),
+            stage2_source("dehaze", skies, None, None, None, train),
+            stage2_source("dehaze", clean, None, None, None, train),
+        ):
+            assert any(tilted(target) for target in targets(source)) == train.rotate45, source.about
