@@ -23,7 +23,7 @@ from dtpm_fast.diffusion import (
     stage2_loss,
 )
 from dtpm_fast.errors import UserError
-from dtpm_fast.model.dtpm import DTPM
+from dtpm_fast.model.dtpm import DTPM, load_semantic_weights
 
 SCHEDULE = DiffusionConfig()
 
@@ -60,6 +60,11 @@ def test_gamma_is_drawn_between_neighbours_of_the_schedule():
     assert gamma.min() >= bars[-1] - 1e-6 and gamma.max() <= 1
     t = 1000 - torch.searchsorted(bars.flip(0), gamma)  # uniform in t: the schedule's inverse is uniform
     assert t.double().mean().item() == pytest.approx(500, abs=15)
+    low, high = bars[t + 1].sqrt(), bars[t].sqrt()
+    place = (gamma.sqrt() - low) / (high - low)
+    assert place.mean().item() == pytest.approx(0.5, abs=0.03) and place.std().item() == pytest.approx(
+        12**-0.5, abs=0.02
+    )
     discrete = sample_gamma(50, DiffusionConfig(gamma_sampling="discrete"), torch.Generator().manual_seed(0))
     assert all(any(abs(g - b) < 1e-6 for b in bars.float()) for g in discrete)
 
@@ -104,11 +109,14 @@ def test_preconditioning_as_in_edm():
 
 
 def test_equation_4_written_out():
-    model, config = small_model(stage=1, parameterization="eps")
+    model, config = small_model(stage=1, parameterization="eps", semantic_code="compact")
     x_g, y_s, eps = (torch.randn(2, 3, 16, 16).double() for _ in range(3))
     gamma = torch.tensor([0.2, 0.9], dtype=torch.float64)
     root, rest = gamma.sqrt().view(2, 1, 1, 1), (1 - gamma).sqrt().view(2, 1, 1, 1)
-    f = model.denoise(root * (x_g - y_s) + rest * eps, y_s, gamma, None)
+    load_semantic_weights(model)  # random ones tell no picture from another
+    code = model.code(y_s)  # of what inference has, not of the photo
+    assert (code - model.code(x_g)).abs().max() > 1e-6
+    f = model.denoise(root * (x_g - y_s) + rest * eps, y_s, gamma, code)
     for loss, norm in (("l1", torch.abs), ("l2", torch.square)):
         expected = norm(eps - f).mean()
         actual = stage1_loss(model, DiffusionConfig(loss=loss), x_g, y_s, eps, gamma)
@@ -173,12 +181,18 @@ def test_edm_weighs_the_output_of_the_network_equally(loss: str, gamma: float):
 
 def test_trailing_timesteps():
     assert ddim_timesteps(4, SCHEDULE) == [999, 749, 499, 249]
+    assert ddim_timesteps(7, SCHEDULE) == [999, 856, 713, 570, 428, 285, 142]  # rounded, not cut off
     assert ddim_timesteps(1, SCHEDULE) == [999]
     assert ddim_timesteps(1000, SCHEDULE) == list(range(999, -1, -1))
     assert ddim_gammas(10, SCHEDULE)[-1][1] == 1.0
     for steps in (0, 1001, -3, 2.5):
         with pytest.raises(UserError, match="from 1 to 1000"):
             ddim_timesteps(steps, SCHEDULE)
+
+
+def test_other_timesteps():
+    assert ddim_timesteps(4, DiffusionConfig(spacing="leading")) == [750, 500, 250, 0]
+    assert ddim_timesteps(4, DiffusionConfig(spacing="linspace")) == [999, 666, 333, 0]
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])

@@ -18,6 +18,9 @@ def test_equation_5_written_out(randomized):
     expected = f + adapter.m_out(adapter.m_in(f) + adapter.conv(y_eps))
     torch.testing.assert_close(adapter(f, y_eps), expected)
     assert adapter.m_in.out_channels == 2  # c to r c with r = 0.25
+    gated = randomized(CGAdapter(8, 0.25, "gated"))
+    a, b = (gated.m_in(f) + gated.conv(y_eps)).chunk(2, dim=1)
+    torch.testing.assert_close(gated(f, y_eps), f + gated.m_out(a * b))
 
 
 def test_a_linear_adapter_merges_into_one_matrix_and_a_bias_map(randomized):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import ResNet18_Weights, mobilenet_v3_small, resnet18
+from torchvision.transforms.functional import resize
 
 from dtpm_fast.config import Config
 from dtpm_fast.errors import UserError
@@ -75,10 +76,11 @@ def test_resnet18_pooled_feature_is_torchvisions():
     torch.manual_seed(0)
     resnet, encoder = resnet18(weights=None).eval(), resnet18_encoder()
     encoder.load_state_dict(resnet18_trunk_state(resnet.state_dict()), strict=True)
-    image = torch.rand(1, 3, 224, 224) * 2 - 1
+    image = torch.rand(1, 3, 400, 300) * 2 - 1
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     resnet.fc = torch.nn.Identity()
-    torch.testing.assert_close(encoder(image), resnet((image * 0.5 + 0.5 - mean) / std).detach(), rtol=1e-4, atol=1e-5)
+    small = resize(image, [224, 224], antialias=True)
+    torch.testing.assert_close(encoder(image), resnet((small * 0.5 + 0.5 - mean) / std).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_address_is_torchvisions():

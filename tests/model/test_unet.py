@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dtpm_fast.config import Config
-from dtpm_fast.model.dtpm import DTPM, Predictor
+from dtpm_fast.model.dtpm import DTPM, Predictor, load_semantic_weights
 
 
 def nafnet_names(encoder, middle, decoder):
@@ -34,6 +34,26 @@ def test_a_nafnet_state_dict_loads_and_runs():
     state = {name: torch.randn(value.shape) * 0.1 for name, value in predictor.state_dict().items()}
     predictor.load_state_dict(state, strict=True)
     assert predictor(torch.randn(1, 3, 16, 24)).shape == (1, 3, 16, 24)
+
+
+def test_fresh_networks_change_nothing():
+    """Training starts from y_eps = y_d, and from the preconditioned estimate of a Gaussian prior."""
+    model = DTPM(Config.of(preset="tiny", semantic_code="none").model, 2)
+    y_d, gamma = torch.rand(2, 3, 16, 24) * 2 - 1, torch.tensor([0.3, 0.9])
+    assert torch.equal(model.predict(y_d), y_d)
+    assert not model.denoise(y_d, y_d, gamma, None).any()
+
+
+def test_what_conditions_stage_2_is_a_setting():
+    y_d, y_eps = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)
+    for condition, code_source in (("degraded", "predicted"), ("predicted", "degraded")):
+        settings = {"condition": condition, "code_source": code_source, "semantic_code": "compact"}
+        model = DTPM(Config.of(preset="tiny", **settings).model, 2).eval()
+        load_semantic_weights(model)
+        pictures = {"degraded": y_d, "predicted": y_eps}
+        assert model.condition_of(y_d, y_eps) is pictures[condition]
+        assert torch.equal(model.code_of(y_d, y_eps), model.code(pictures[code_source]))
+    assert not torch.equal(model.code(y_d), model.code(y_eps))
 
 
 def test_sizes_that_do_not_fit_are_refused():
