@@ -197,6 +197,13 @@ def test_synthetic_pairs_of_every_task(task: str, photos: Path) -> None:
     assert torch.equal(unharmed, clean)
 
 
+def test_a_degraded_crop_is_rounded_to_8_bits(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not cut off, which would darken every sample by half a level."""
+    monkeypatch.setattr("dtpm_fast.data.crops.degrade", lambda task, image, *_: np.minimum(image + 0.7 / 255, 1))
+    degraded, clean = SyntheticCrops(photos, "dehaze", CROP)[0]
+    torch.testing.assert_close(degraded, (clean + 1 / 127.5).clamp(max=1))
+
+
 def test_strength_range_is_drawn_per_sample(photos: Path) -> None:
     dataset = SyntheticCrops(photos, "dehaze", CROP, 1, strength=(0.0, 3.0), augment="none")
     change = [float((degraded - clean).abs().mean()) for degraded, clean in (dataset[index] for index in range(20))]

@@ -6,7 +6,13 @@ import pytest
 
 from dtpm_fast.data.degradations import DEGRADATIONS, border, degrade
 from dtpm_fast.data.degradations.defocus import confusion, opening_kernel
-from dtpm_fast.data.degradations.fields import blur, scattered_drops, smooth_field
+from dtpm_fast.data.degradations.fields import (
+    blur,
+    grainy_noise,
+    scattered_drops,
+    smooth_field,
+    spectrum_frequencies,
+)
 from dtpm_fast.data.degradations.haze import haze
 from dtpm_fast.data.degradations.light import to_linear, to_srgb
 from dtpm_fast.data.degradations.motion_blur import camera_path, path_kernel
@@ -130,6 +136,13 @@ def test_scattered_drops_are_nested_and_of_the_asked_density() -> None:
     count = 0.2 * 300 * 300
     drops = scattered_drops(300, 300, np.random.default_rng(0), 0.2, 2.0)
     assert drops.sum() == pytest.approx(count, abs=5 * np.sqrt(count / 2))  # a gamma of shape 2 has variance 1/2
+    sparse = scattered_drops(300, 300, np.random.default_rng(0), 0.02, 2.0)
+    assert sparse[sparse > 0].var() == pytest.approx(0.5, rel=0.15)
+
+
+def test_grainy_noise_has_a_deviation_of_one() -> None:
+    fields = [grainy_noise(spectrum_frequencies(80, 90), rng, (80, 90), 4.0, 1.5, 0.5) for rng in rngs(8)]
+    assert np.std(fields) == pytest.approx(1, abs=0.05)
 
 
 def test_rain_is_near_vertical_in_both_directions_and_only_brightens() -> None:
@@ -152,7 +165,9 @@ def test_rain_compositions() -> None:
     for rainy in outcomes.values():
         assert (np.abs(rainy - image).max(axis=2) > 0.02).any()
         np.testing.assert_allclose(rainy[dry], image[dry], atol=1e-5)  # the same streaks
-    assert (outcomes["screen"] <= outcomes["additive"] + 1e-6).all()
+    inside = outcomes["additive"] < 1
+    screen = image + (outcomes["additive"] - image) * (1 - image)
+    np.testing.assert_allclose(outcomes["screen"][inside], screen[inside], atol=1e-6)
     with pytest.raises(ValueError, match="composition"):
         rain(image, np.random.default_rng(4), 1.0, "multiply")
 
@@ -168,6 +183,67 @@ def test_haze_follows_koschmieder() -> None:
         assert ratio.min() > 0
         assert ratio.max() < 1
         np.testing.assert_allclose(ratio[..., 0], ratio[..., 2], rtol=0.25)
+
+
+def test_haze_is_mostly_thicker_at_the_top() -> None:
+    hazy = [to_linear(haze(np.zeros((48, 48, 3), np.float32), rng)) for rng in rngs(60)]
+    assert np.mean([each[:16].mean() for each in hazy]) > 1.05 * np.mean([each[-16:].mean() for each in hazy])
+
+
+@pytest.mark.parametrize("task", ["dehaze", "desnow"])
+def test_what_veils_a_scene_dims_its_light_alike_in_every_channel(task: str) -> None:
+    """One veil over two plain pictures: in linear light they differ by a part of their difference."""
+    pictures = [np.full((40, 40, 3), colour, np.float32) for colour in ((0.1, 0.5, 0.3), (0.7, 0.6, 0.9))]
+    whole = to_linear(pictures[1]) - to_linear(pictures[0])
+    for seed in range(4):
+        first, second = (to_linear(degrade(task, each, np.random.default_rng(seed))) for each in pictures)
+        share = (second - first) / whole
+        assert share.min() >= -1e-3 and share.min() < 0.95 and share.max() <= 1 + 1e-3
+        np.testing.assert_allclose(share, share[..., :1].repeat(3, axis=2), atol=5e-3)
+
+
+def test_rain_and_haze_is_rain_behind_haze() -> None:
+    """Haze veils every pixel, and streaks are seen through it."""
+    for rng in rngs(6):
+        light = to_linear(degrade("rainhaze", np.zeros((64, 64, 3), np.float32), rng))
+        assert light.min() > 1e-3
+        assert np.abs(np.diff(light, axis=1)).max() > 0.002
+
+
+@pytest.mark.parametrize("task", ["deblur", "defocus"])
+def test_a_blur_spreads_light_and_keeps_it(task: str) -> None:
+    """A plain picture stays as it is, edges of what moves on its own too; of fine grain the mean light stays, which it
+    would not if sRGB values were averaged."""
+    grain = np.random.default_rng(0).choice([0.1, 0.7], (96, 96, 1)).astype(np.float32).repeat(3, axis=2)
+    for rng in rngs(8):
+        np.testing.assert_allclose(degrade(task, np.full((64, 64, 3), 0.6, np.float32), rng), 0.6, atol=2e-3)
+        blurred = degrade(task, grain, rng)
+        assert to_linear(blurred).mean() == pytest.approx(to_linear(grain).mean(), rel=0.04)
+
+
+def test_every_third_picture_has_a_part_that_moves_on_its_own_and_highlights_leave_trails() -> None:
+    """Points that one path smears look all alike. Those of a highlight are brighter than the picture can show."""
+    points = np.zeros((192, 192, 3), np.float32)
+    points[32::32, 32::32] = 1
+    own, gains = [], []
+    for rng in rngs(45):
+        light = to_linear(degrade("deblur", points, rng))
+        smears = [light[y - 14 : y + 15, x - 14 : x + 15] for y in range(32, 192, 32) for x in range(32, 192, 32)]
+        own.append(max(np.abs(smear - smears[0]).max() for smear in smears) > 0.01)
+        gains.append(light.sum() / points.sum())
+    assert 6 <= sum(own) <= 24
+    assert min(gains) > 0.95 and 1.3 < np.median(gains) < 2.2  # 1 to 2.5, less what is beyond white still
+
+
+def test_drops_show_the_scene_upside_down() -> None:
+    """On a ramp, brightness inside a drop falls where that of the scene rises, and faster."""
+    ramp = np.linspace(0.2, 0.8, 128, dtype=np.float32)
+    steps: list[np.ndarray] = []
+    for rng in rngs(6):
+        scene = np.broadcast_to(to_srgb(ramp)[None, :, None], (128, 128, 3)).copy()
+        steps.append(np.diff(to_linear(degrade("raindrop", scene, rng))[..., 0], axis=1) / (ramp[1] - ramp[0]))
+    falls, leaps = np.mean(np.array(steps) < -1), np.mean(np.array(steps) > 3)
+    assert falls > leaps
 
 
 def test_camera_paths_are_centred_and_reach_one() -> None:
