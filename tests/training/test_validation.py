@@ -36,7 +36,7 @@ def mean_psnr(images: list[Tensor], targets: list[Tensor]) -> float:
 
 @torch.no_grad()
 def test_stage_1_written_out(random_model: Callable[..., tuple], pairs: list[tuple[Tensor, Tensor]]) -> None:
-    model, config = random_model(0, 1, validation_steps=3)
+    model, config = random_model(0, 1, validation_steps=3, sigma_data=1.0)
     figures, picture = validate(model, config, pairs, CPU)
     drawn, losses = [], torch.zeros(5)
     for (x_g, y_s), noise in zip(pairs, noise_of(pairs), strict=True):
