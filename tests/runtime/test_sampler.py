@@ -14,7 +14,14 @@ from dtpm_fast.runtime.sampler import Conditions, Steps, make_steps, sample, upd
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"parameterization": "eps"}, {"clip": False}, {"eta": 0.6}, {"eta": 1.0, "spacing": "linspace"}],
+    [
+        {},
+        {"parameterization": "eps"},
+        {"clip": False},
+        {"eta": 0.6},
+        {"eta": 1.0, "spacing": "linspace"},
+        {"condition": "predicted"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("steps", [1, 4])
