@@ -6,14 +6,14 @@
 
 Forms: `channels_last` is the reference of the ratios; `contiguous` the same in PyTorch's default layout; `compile`
 torch.compile of the whole loss; `fused` the blocks through the fused kernels, on CUDA only; `recompute` activation
-checkpointing. Rounds are interleaved; a form's time is the median. Memory: the allocator's peak during a step above
-what it held before, which is the activations and whatever the step needs beside them.
+checkpointing; `bfloat16` for CPUs that multiply it, on CUDA it is the default. Rounds are interleaved; a form's time is
+the median. Memory: the allocator's peak during a step above what it held before, which is the activations and whatever
+the step needs beside them.
 """
 
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import sys
 import time
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from dtpm_fast.atomic import atomic_path
 from dtpm_fast.config import PRESETS, Config
+from dtpm_fast.cores import cpu_name
 from dtpm_fast.device import choose_device
 from dtpm_fast.exit_code import run as run_command
 from dtpm_fast.model.dtpm import DTPM
@@ -39,6 +40,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "compile": {"compile": True},
     "fused": {"kernels": "fused"},
     "recompute": {"activation_checkpointing": True},
+    "bfloat16": {"precision": "bfloat16"},
 }
 
 
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         device, why = choose_device(args.device)
         print(f"{why}; torch {torch.__version__}; batch {args.batch}, crop {args.crop}, {args.precision}")
         rows: list[dict[str, Any]] = []
-        record = {"device": why, "machine": platform.processor(), "torch": torch.__version__, "rows": rows}
+        record = {"device": why, "machine": cpu_name(), "torch": torch.__version__, "rows": rows}
         for preset, stage in itertools.product(args.preset, args.stage):
             with determinism(False):  # as a run trains by default
                 rows += compare(preset, stage, args, device)
@@ -85,6 +87,9 @@ def compare(preset: str, stage: int, args: argparse.Namespace, device: torch.dev
         rows[form] = {"preset": preset, "stage": stage, "form": form}
         if form == "fused" and device.type != "cuda":
             rows[form]["skipped"] = "the fused kernels' speed is a GPU's; no CUDA device here"
+            continue
+        if form == "bfloat16" and device.type == "cuda":
+            rows[form]["skipped"] = "the precision of the other forms on CUDA"
             continue
         try:
             step = training_step(preset, stage, form, args, device)
@@ -114,8 +119,8 @@ def training_step(
     """One iteration of the training loop itself on a random batch. No semantic code: it is not trained, its pretrained
     weights may be a download, and it costs every form the same."""
     config = Config.of(
-        preset=preset, semantic_code="none", batch_size=args.batch, crop=args.crop, precision=args.precision,
-        **{"kernels": "reference", "compile": False, **FORMS[form]},
+        preset=preset, semantic_code="none", batch_size=args.batch, crop=args.crop,
+        **{"precision": args.precision, "kernels": "reference", "compile": False, **FORMS[form]},
     )  # fmt: skip
     torch.manual_seed(0)
     model = DTPM(config.model, stage)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dtpm_fast.errors import UserError
 from dtpm_fast.model.mobilenet import CHANNELS, mobilenet_v3_small_trunk
@@ -52,14 +52,18 @@ class SemanticEncoder(nn.Module):
         return self.trunk((image * 0.5 + 0.5 - self.mean) / self.std).mean(dim=(2, 3))
 
     def folded(self) -> "SemanticEncoder":
-        """A copy whose batch norms are part of the convolutions before them: the same codes in two thirds of the
-        operators."""
-        encoder = copy.deepcopy(self)
+        """The same encoder with every batch norm in the convolution before it: the same codes in two thirds of the
+        operators. All other tensors are shared."""
+        encoder = copy.deepcopy(self, {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())})
         for parent in encoder.trunk.modules():
-            for (name, conv), (next_name, norm) in itertools.pairwise(list(parent.named_children())):
+            for (_, conv), (name, norm) in itertools.pairwise(list(parent.named_children())):
                 if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    setattr(parent, name, fuse_conv_bn_eval(conv, norm))
-                    setattr(parent, next_name, nn.Identity())
+                    mean, variance = norm.running_mean, norm.running_var
+                    assert mean is not None and variance is not None  # of a frozen encoder
+                    conv.weight, conv.bias = fuse_conv_bn_weights(
+                        conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
+                    )
+                    setattr(parent, name, nn.Identity())
         return encoder
 
     def train(self, mode: bool = True) -> "SemanticEncoder":
