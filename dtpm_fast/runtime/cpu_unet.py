@@ -117,8 +117,15 @@ class CpuBlock(nn.Module):
         for name, value in values.items():
             self.register_buffer(name, value)
         self.register_buffer("matrix", folded.matrix)
-        # The same memory, as the C++ module takes it: weights are swapped in place.
-        self.arrays = {name: buffer.numpy() for name, buffer in self.named_buffers()}
+        self.arrays = self._arrays()
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """The buffers' own memory, as the C++ module takes it: weights are swapped in place."""
+        return {name: buffer.numpy() for name, buffer in self.named_buffers()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.arrays = self._arrays()  # of a copy: its own
 
     def forward(
         self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], bias_map: Tensor | None, number: int, mean: Mean

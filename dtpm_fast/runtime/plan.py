@@ -224,7 +224,7 @@ class Plan:
             ),
             Hoisted("scalings, DDIM update and clipping, as one row a step", "model and S", _bytes(self.table)),
             Hoisted("adapters merged, M = I + W_out W_in", "model", _bytes(*matrices)),
-            Hoisted("beta, gamma, PixelShuffle's order and LN's affine, in the weights", "model", 0),
+            Hoisted("beta, gamma, PixelShuffle's order, LN's affine and batch norms, in the weights", "model", 0),
             Hoisted("semantic code to its share of the modulation rows", "picture", _bytes(given.get("code_rows"))),
             Hoisted("the condition's half of the intro convolution", "picture", _bytes(given.get("intro"))),
             Hoisted(f"bias maps of {len(prepare.levels)} adapters", "picture", _bytes(*maps)),

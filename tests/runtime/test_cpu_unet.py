@@ -228,6 +228,21 @@ def test_a_mean_from_outside_is_taken() -> None:
     assert (other - ours(x.clone(), four, None, 3, own_mean)).abs().max() > 1e-3
 
 
+def test_weights_are_changed_in_place_and_a_copys_are_its_own() -> None:
+    block, (x, *rows) = inputs(1, 16, 6, 5, 0.0)
+    four = (rows[0], 1 + rows[1], rows[2], 1 + rows[3])
+
+    def result(of: CpuBlock) -> Tensor:
+        return of(x.clone(), four, None, 0, own_mean)
+
+    ours, other = CpuBlock(block, None, "portable"), CpuBlock(inputs(1, 16, 6, 5, 0.0)[0], None, "portable")
+    before, wanted, copied = result(ours), result(other), copy.deepcopy(ours)
+    for buffer, value in zip(copied.buffers(), other.buffers(), strict=True):
+        buffer.copy_(value)
+    assert torch.equal(result(copied), wanted) and not torch.equal(wanted, before)
+    assert torch.equal(result(ours), before)
+
+
 NO_MEMORY = """
 import resource
 import numpy as np
