@@ -15,6 +15,8 @@ from dtpm_fast.kernels.device import INTERPRETED
 from dtpm_fast.kernels.dispatch import ANY, OPTIONS, TABLE, WIDE, Table, options_of, read_table, table, using_table
 from dtpm_fast.kernels.dwconv_triton import launch
 
+STRIP = {"GROUPS": 8, "COLUMNS": 4, "BLOCK_C": 32, "ROWS": 16, "num_warps": 4}
+
 
 def test_the_smallest_entry_that_holds_the_channels_serves() -> None:
     small, large = {"BLOCK_P": 16}, {"BLOCK_P": 64}
@@ -64,6 +66,22 @@ def test_a_file_named_by_the_environment_serves(tmp_path: Path, monkeypatch: pyt
             "conv3_backward",
             [{"channels": 64, "bits": 16, "options": {"BLOCK_P": 48, "num_warps": 4, "num_stages": 1}}],
             "conv3_backward at 64 channels has BLOCK_P = 48",
+        ),
+        (
+            "conv3_backward",
+            [{"channels": 64, "bits": 16, "options": {"BLOCK_P": 16, "num_warps": 0, "num_stages": 1}}],
+            "conv3_backward at 64 channels has num_warps = 0",
+        ),
+        ("ffn_backward", [{"channels": 0, "bits": 16, "options": None}], "ffn_backward has an entry for 0 channels"),
+        (
+            "gate_backward",
+            [{"channels": ANY, "bits": 16, "options": STRIP | {"ROWS": 16.0}}],
+            "gate_backward at 65536 channels has ROWS = 16.0",
+        ),
+        (
+            "gate_backward",
+            [{"channels": ANY, "bits": 16, "options": STRIP}],
+            "gate_backward needs an entry of 32 bits for 65536 channels",
         ),
         ("gate_backward", [], "gate_backward needs an entry of 16 bits for 65536 channels"),
         (
@@ -192,8 +210,7 @@ def test_tuning_without_a_gpu_is_an_error_in_one_line(tmp_path: Path) -> None:
     [((1, 1024, 32, 32), 2, 16), ((1, 256, 64, 64), 2, 64), ((8, 128, 256, 256), 16, 128), ((1, 32, 1, 9), 2, 1)],
 )
 def test_strips_are_short_where_a_map_is_small(shape: tuple[int, int, int, int], rows: int, strips: int) -> None:
-    options = {"GROUPS": 8, "COLUMNS": 4, "BLOCK_C": 32, "ROWS": 16, "num_warps": 4}
     h = torch.empty(shape, device="meta")
-    grid, used = launch(h, shape[1] // 2, options)
-    assert used == options | {"ROWS": rows}
+    grid, used = launch(h, shape[1] // 2, STRIP)
+    assert used == STRIP | {"ROWS": rows}
     assert grid == (strips, shape[0], -(-shape[1] // 64))
