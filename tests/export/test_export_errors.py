@@ -1,5 +1,6 @@
 """Every way to fail is one clear line, and leaves nothing behind."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -16,6 +17,7 @@ from dtpm_fast.atomic import whole_folder
 from dtpm_fast.commands.export import main
 from dtpm_fast.errors import UserError
 from dtpm_fast.export import exporter
+from dtpm_fast.export.aoti import AotiStepper
 from dtpm_fast.export.exporter import export_folder
 from dtpm_fast.export.graph import StepGraph
 from dtpm_fast.export.manifest import read_manifest
@@ -158,6 +160,10 @@ def test_tampering_is_seen(full_export: Path, tmp_path: Path) -> None:
     graph.unlink()
     with pytest.raises(UserError, match=r"step\.onnx: is missing"):
         read_manifest(folder)
+    for digest in ("", f"{hashlib.sha256(b'').hexdigest()}  manifest.json\n"):
+        (folder / "manifest.sha256").write_text(digest)
+        with pytest.raises(UserError, match=r"manifest\.json: was changed after the export"):
+            read_manifest(folder)
     for other in ("../step.onnx", str(full_export / "step.onnx"), "prepare.plan"):
         changed = json.loads(text)
         changed["graphs"]["step"]["file"] = other
@@ -168,5 +174,18 @@ def test_tampering_is_seen(full_export: Path, tmp_path: Path) -> None:
         (folder / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
         with pytest.raises(UserError, match=re.escape(f"names {other!r}, which is none of the export's files")):
             read_manifest(folder)
+    manifest.write_text(text.replace('"dtpm-export-1"', '"dtpm-export-2"'))
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    (folder / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
+    with pytest.raises(UserError, match=r"manifest\.json: not an export of dtpm-fast \(no 'dtpm-export-1' in it\)"):
+        read_manifest(folder)
     with pytest.raises(UserError, match=r"is .* a folder that dtpm-export wrote"):
         read_manifest(tmp_path)
+
+
+def test_packages_for_another_gpu_are_refused(full_export: Path) -> None:
+    """Before they are loaded, which runs code of theirs."""
+    built_for = {"device": "cpu", "compute_capability": "9.0"}
+    manifest = dataclasses.replace(read_manifest(full_export), kind="aoti", engine=built_for)
+    with pytest.raises(UserError, match=r"was compiled for compute capability 9\.0, cpu has None; export again"):
+        AotiStepper(full_export, manifest, torch.device("cpu"))

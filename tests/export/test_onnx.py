@@ -21,7 +21,7 @@ from dtpm_fast.export.ort import OrtStepper, open_session
 from dtpm_fast.export.restorer import ExportedRestorer
 from dtpm_fast.runtime.reference import Reference
 from dtpm_fast.runtime.restorer import Restorer
-from dtpm_fast.runtime.sampler import make_steps
+from dtpm_fast.runtime.sampler import make_steps, sample
 from dtpm_fast.weights_file import Weights, load_model
 
 CPU = torch.device("cpu")
@@ -58,7 +58,8 @@ def test_16_bits_with_extremes(tmp_path: Path, plain_weights: Weights, precision
     inferred = onnx.shape_inference.infer_shapes(step, strict_mode=True)
     kinds = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
     norms = [node for node in inferred.graph.node if node.op_type == "LayerNormalization"]
-    assert norms and all(kinds[node.output[0]] == TensorProto.FLOAT for node in norms)
+    means = [node for node in inferred.graph.node if node.op_type == "ReduceMean"]
+    assert norms and means and all(kinds[node.output[0]] == TensorProto.FLOAT for node in (*norms, *means))
     stepper = OrtStepper(tmp_path / "x", manifest, CPU)
     reference = Reference(load_model(plain_weights, 2).requires_grad_(False), manifest.steps)
     image, noise = torch.ones(1, 3, 16, 24), torch.full((1, 3, 16, 24), 6.0)
@@ -146,13 +147,17 @@ def example_restores(folder: Path, tmp_path: Path, command: list[str]) -> None:
     expected = stepped(OrtStepper(folder, manifest, CPU))(image, torch.from_numpy(noise))
     expected8 = (expected[0, :, :19, :30].permute(1, 2, 0) * 127.5 + 127.5).round().numpy()
     assert np.abs(restored - expected8).max() <= 1
+    assert np.abs(restored - expected8).mean() < 0.1  # rounded: cut off, half of them would be one lower
 
 
 def test_cuda_is_asserted(full_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
+    asked: list[object] = []
+
     class Fallen:
-        def __init__(self, *_: object, **__: object) -> None: ...
+        def __init__(self, *_: object, providers: list[object]) -> None:
+            asked.extend(providers)
 
         def get_providers(self) -> list[str]:
             return ["CPUExecutionProvider"]
@@ -160,10 +165,17 @@ def test_cuda_is_asserted(full_export: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Fallen)
     with pytest.raises(UserError, match="did not start its CUDAExecutionProvider"):
-        open_session(str(full_export / "step.onnx"), torch.device("cuda"))
+        open_session(str(full_export / "step.onnx"), torch.device("cuda", 1))
+    assert asked == [("CUDAExecutionProvider", {"device_id": "1", "use_tf32": "0"})]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(UserError, match="no CUDAExecutionProvider"):
         open_session(str(full_export / "step.onnx"), torch.device("cuda"))
+
+
+def test_the_threads_are_as_asked(full_export: Path) -> None:
+    stepper = ExportedRestorer(full_export, device="cpu", threads=1).backend
+    assert isinstance(stepper, OrtStepper)
+    assert [s.get_session_options().intra_op_num_threads for s in stepper.sessions.values()] == [1, 1]
 
 
 def test_a_broken_graph_is_named(tmp_path: Path) -> None:
@@ -178,6 +190,33 @@ def test_the_bound_refuses(precision: str, bound: float) -> None:
     for psnr in (bound - 0.01, float("nan")):
         with pytest.raises(UserError, match=r"differs from the model.*nothing was written"):
             check(Difference(1, 8, 8, 0.1, psnr), precision)
+
+
+def test_a_result_that_is_not_finite_is_refused(full_weights: Weights) -> None:
+    reference = Reference(load_model(full_weights, 2).requires_grad_(False), make_steps(full_weights.config, 1))
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="gives NaN or infinity at 8x16: export with --precision fp32"):
+            difference(lambda image, noise, value=value: image * value, reference, 1, 8, 16)
+
+
+def test_a_difference_is_of_the_whole_range(full_weights: Weights) -> None:
+    reference = Reference(load_model(full_weights, 2).requires_grad_(False), make_steps(full_weights.config, 1))
+    seen: list[torch.Tensor] = []
+
+    def lighter(image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        seen.append(image)
+        return sample(reference, reference.prepare(image), noise) + 0.02
+
+    found = difference(lighter, reference, 2, 8, 16)
+    assert found.max_abs == pytest.approx(0.02, rel=1e-3)
+    assert found.psnr_db == pytest.approx(40, abs=0.01)  # 10 log10(2² / 0.02²)
+    assert sorted(seen[0][..., :4].unique().tolist()) == [-1, 1]
+
+
+def test_other_weights_are_not_verified(full_export: Path, plain_weights: Weights) -> None:
+    manifest = read_manifest(full_export)
+    with pytest.raises(UserError, match=r"differs from the model.* 60 dB that fp32 must reach; do not use .*full"):
+        verify(full_export, manifest, plain_weights, OrtStepper(full_export, manifest, CPU))
 
 
 def test_the_manifest_is_plain_json(full_export: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from dtpm_fast.errors import UserError
 from dtpm_fast.export.manifest import TensorSpec
 from dtpm_fast.export.onnx_graph import field_start, write_onnx
 from dtpm_fast.export.onnx_trace import WRITERS, trace
@@ -126,6 +127,15 @@ def test_the_weights_are_in_the_file(tmp_path: Path) -> None:
     assert [tensor.name for tensor in model.graph.initializer] == ["weight"]  # the module's own name of it
     assert np.array_equal(numpy_helper.to_array(model.graph.initializer[0]), module.weight.numpy())
     assert len(model.SerializeToString()) == (tmp_path / "x.onnx").stat().st_size  # and nothing else is
+
+
+def test_more_than_a_file_can_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Called(lambda x, w: F.conv2d(x, w))
+    specs = [TensorSpec("x", "float32", ("b", 3, "h", "w"))], [TensorSpec("y", "float32", ("b", 6, "p", "q"))]
+    monkeypatch.setattr("dtpm_fast.export.onnx_graph.LARGEST", module.weight.nbytes - 1)
+    with pytest.raises(UserError, match=r"x\.onnx: would be larger than the 2 GiB"):
+        write_onnx(module, {"x": torch.zeros(1, 3, 8, 8)}, *specs, tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 @given(st.integers(1, 15), st.integers(0, 2**34))

@@ -124,6 +124,8 @@ def test_every_version_is_served_by_one_path(
     assert all(found.psnr_db >= 60 for found in compare_engines(folder, manifest, reference, CPU))
     with pytest.raises(UserError, match="built with --fixed-weights"):
         TensorRTStepper(folder, manifest, CPU).refit({})
+    with pytest.raises(UserError, match=r"whose weights can be exchanged \(kind 'tensorrt', refit False\)"):
+        EngineOptions(refit_from=folder).check(CPU, "tensorrt")
 
 
 def test_the_steps_are_one_graph_that_replays(engines: Path, reference: Reference, fake: Fake) -> None:
@@ -214,7 +216,9 @@ def test_new_weights_in_running_engines(
     assert difference(stepper.restore, reference, 1, 16, 16).max_abs <= 1e-4
     assert difference(stepper.restore, other, 1, 16, 16).psnr_db < 40
     graphs = {name: (other_graphs / f"{name}.onnx").read_bytes() for name in ("prepare", "step")}
+    assert stepper.shapes
     stepper.refit(graphs)
+    assert not stepper.shapes  # a captured graph would read the weights where they were
     assert difference(stepper.restore, other, 1, 16, 16).max_abs <= 1e-4
     model = onnx.load(full_export / "step.onnx")
     model.graph.initializer[0].dims[0] = 1
