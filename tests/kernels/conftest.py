@@ -48,14 +48,16 @@ def assert_as_exact_as_eager(dtype: torch.dtype) -> Callable[[Draw, Sequence[str
     """error(ours) ≤ 1.5 · error(eager PyTorch in the same dtype), both in the 2-norm against the float64 oracle.
 
     `draw` computes all three from fresh inputs. A short vector's error is mostly luck (in float32, where it is a few
-    roundings, more so): one draw in some thousand has 1.5 times eager's error although over many draws ours is the
-    smaller. So float32 is judged over four draws together, and what fails over four times as many together.
+    roundings, more so): a bias's gradient has 1.5 times eager's in one draw of a hundred, and 2.6 times was seen,
+    although over many draws ours is the smaller. So float32 is judged over four draws together, and what fails over
+    four times as many together, and then again.
     """
 
     def check(draw: Draw, names: Sequence[str]) -> None:
         draws = [draw() for _ in range(4 if dtype == torch.float32 else 1)]
-        if too_far(draws, names):
-            draws += [draw() for _ in range(3 * len(draws))]
+        for _ in range(2):
+            if too_far(draws, names):
+                draws += [draw() for _ in range(3 * len(draws))]
         failures = too_far(draws, names)
         assert not failures, "\n".join(failures)
 
