@@ -161,6 +161,7 @@ def _measure(options: argparse.Namespace, command: str, found: "Pairs", world: "
         check_pairs(share)
     protocol = PROTOCOLS[options.protocol or default_protocol(options.task)]
     weights = _weights(options)
+    options.steps = options.steps or [_default_steps(options.weights)]
     methods, device, restorers = _methods(options)
     logging.basicConfig(format="%(message)s")  # to standard error: where a picture is tiled, its figures are another's
     logging.getLogger("dtpm_fast").setLevel(logging.INFO)
@@ -244,7 +245,7 @@ def _asked(
 
 
 def _weights(options: argparse.Namespace) -> dict[str, Any]:
-    """What is told of them; the number of steps, where none was asked for."""
+    """What is told of them."""
     from dtpm_fast.runtime.shipped import find_weights, is_export
     from dtpm_fast.weights_file import sha256
 
@@ -252,10 +253,8 @@ def _weights(options: argparse.Namespace) -> dict[str, Any]:
         from dtpm_fast.export.manifest import read_manifest
 
         manifest = read_manifest(Path(options.weights))
-        options.steps = options.steps or [len(manifest.steps)]
         return {**manifest.weights, "task": manifest.task, "export": manifest.kind, "precision": manifest.precision}
     weights = find_weights(options.weights, options.task)
-    options.steps = options.steps or [4]
     return {
         "file": weights.path.name,
         "sha256": sha256(weights.path),
@@ -263,6 +262,17 @@ def _weights(options: argparse.Namespace) -> dict[str, Any]:
         "trained": weights.trained,
         "config": json.loads(weights.config.to_json()),
     }
+
+
+def _default_steps(weights: str) -> int:
+    """An export holds its own, as many as it has timesteps."""
+    from dtpm_fast.runtime.shipped import is_export
+
+    if not is_export(weights):
+        return 4
+    from dtpm_fast.export.manifest import read_manifest
+
+    return len(read_manifest(Path(weights)).steps)
 
 
 def _methods(options: argparse.Namespace) -> tuple[dict[str, "Method"], "torch.device", list[str]]:
