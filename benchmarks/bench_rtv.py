@@ -32,15 +32,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from rtv_reference import rtv_matrix, rtv_reference, rtv_weights
 
 from dtpm_fast import _rtv, rtv_smooth
+from dtpm_fast.atomic import atomic_path
 from dtpm_fast.cores import cpu_name
 from dtpm_fast.images import read_image
 from dtpm_fast.smoothing import cuda_unavailable
+
+PICTURES = ["astronaut", "coffee", "grass", "noise"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photo", type=Path, help="a 2K photo; without it that row is left out")
-    parser.add_argument("--pictures", nargs="*", metavar="NAME", help="astronaut, coffee, grass, noise (default: all)")
+    parser.add_argument("--pictures", nargs="*", choices=PICTURES, default=PICTURES, help="default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="of the others only splu: spsolve takes minutes a picture")
     parser.add_argument("--crops", type=int, default=0, metavar="N", help="also a batch of N crops of 256x256")
@@ -83,20 +86,19 @@ def main() -> None:
         print("not run:", line)
     record["load_average_after"] = os.getloadavg()
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        with atomic_path(options.json) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def pictures(options: argparse.Namespace) -> dict[str, np.ndarray]:
     """HWC float64 in [0, 1]."""
-    found: dict[str, np.ndarray] = {
+    known = {
         "astronaut": data.astronaut() / 255.0,
         "coffee": np.pad(data.coffee(), ((0, 112), (0, 0), (0, 0)), "reflect")[:512, :512] / 255.0,
         "grass": np.repeat(data.grass()[:512, :512, None] / 255.0, 3, axis=2),
         "noise": np.random.default_rng(0).random((512, 512, 3)),
     }
-    if options.pictures is not None:
-        found = {name: found[name] for name in options.pictures}
+    found = {name: known[name] for name in options.pictures}
     if options.photo is not None:
         found["2K photo"] = read_image(options.photo) / 255.0
     return found
