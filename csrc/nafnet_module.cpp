@@ -74,20 +74,17 @@ void first_pass(const Array& x, const Array& scale, const Array& shift, const Ar
 void second_pass(Array x, const Array& gated, const Array& average, const Array& attention, const Array& attention_bias,
                  const Array& conv3, const Array& conv3_bias, const Array& scale, const Array& shift,
                  const Array& conv4, const Array& conv4_bias, const Array& conv5,
-                 const std::optional<Array>& conv5_bias, const std::optional<Array>& bias_map,
-                 const std::optional<Array>& adapter, int threads, const std::string& name) {
+                 const Array& conv5_bias, const std::optional<Array>& condition, const std::optional<Array>& adapter,
+                 int threads, const std::string& name) {
     const Isa isa = set_named(name);
     const nafnet::Shape s = shape_of(x, isa);
     const long c = s.channels, size = s.samples * s.height * s.width * c, wide = up_to(c, 2 * nafnet::lanes(isa));
-    const long rows = nafnet::packed(isa, c);
-    if (conv5_bias.has_value() == bias_map.has_value())
-        throw std::invalid_argument("either conv5_bias or bias_map, and not both");
-    const long rank = adapter ? long(adapter->size()) / rows : 0;
-    if (rank % (2 * nafnet::lanes(isa)) || (adapter && !bias_map))
-        throw std::invalid_argument("adapter: its rank must fill panels, and it comes with a bias_map");
+    const long rows = nafnet::packed(isa, c), rank = condition ? long(condition->size()) / (size / c) : 0;
+    if (rank % ((adapter ? 2 : 1) * nafnet::lanes(isa)) || (adapter && !condition))
+        throw std::invalid_argument("condition: its channels must fill vectors, with an adapter panels of two");
+    const float* map = condition ? sized(*condition, size / c * rank, "condition") : nullptr;
     const float* w_in = adapter ? sized(*adapter, rank * rows, "adapter") : nullptr;
-    const float* map = bias_map ? sized(*bias_map, size, "bias_map") : nullptr;
-    const float* b5 = conv5_bias ? sized(*conv5_bias, c, "conv5_bias") : nullptr;
+    const float* b5 = sized(conv5_bias, c, "conv5_bias");
     const nafnet::Rows scales = rows_of(scale, s, "scale"), shifts = rows_of(shift, s, "shift");
     const float* from = sized(gated, size, "gated");
     const float* means = sized(average, s.samples * c, "average");
@@ -97,7 +94,7 @@ void second_pass(Array x, const Array& gated, const Array& average, const Array&
     const float* b3 = sized(conv3_bias, c, "conv3_bias");
     const float* w4 = sized(conv4, 2 * c * rows, "conv4");
     const float* b4 = sized(conv4_bias, 2 * c, "conv4_bias");
-    const float* w5 = sized(conv5, wide * nafnet::packed(isa, c + (adapter ? rank : map ? c : 0)), "conv5");
+    const float* w5 = sized(conv5, wide * nafnet::packed(isa, rank + (map && !w_in ? 2 * c : c)), "conv5");
     float* to = x.mutable_data();
     const py::gil_scoped_release unlocked;
     nafnet::second_pass(isa, s, to, from, means, w, b, w3, b3, scales, shifts, w4, b4, w5, b5, map, w_in, rank,
@@ -172,7 +169,7 @@ PYBIND11_MODULE(_nafnet, module) {
                py::arg("threads"), py::arg("isa"));
     module.def("second_pass", &second_pass, given("x"), given("gated"), given("average"), given("attention"),
                given("attention_bias"), given("conv3"), given("conv3_bias"), given("scale"), given("shift"), given("conv4"), given("conv4_bias"), given("conv5"),
-               given("conv5_bias"), given("bias_map"), given("adapter"), py::arg("threads"), py::arg("isa"));
+               given("conv5_bias"), given("condition"), given("adapter"), py::arg("threads"), py::arg("isa"));
     module.def("down", &down, given("x"), given("weight"), given("bias"), given("out"), py::arg("threads"),
                py::arg("isa"));
     module.def("up", &up, given("x"), given("weight"), given("skip"), py::arg("threads"), py::arg("isa"));

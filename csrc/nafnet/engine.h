@@ -86,15 +86,14 @@ public:
     static void second_pass(const Shape& s, float* x, const float* gated, const float* average, const float* attention,
                             const float* attention_bias, const float* conv3, const float* conv3_bias, Rows scale,
                             Rows shift, const float* conv4, const float* conv4_bias, const float* conv5,
-                            const float* conv5_bias, const float* bias_map, const float* adapter, long rank,
+                            const float* conv5_bias, const float* condition, const float* adapter, long rank,
                             int threads) {
         const long C = s.channels, pixels = s.height * s.width, panels = (C + 2 * V - 1) / (2 * V);
         const long chunk = chunk_for(pixels, s.samples, threads), chunks = (pixels + chunk - 1) / chunk;
-        // A pixel of the last product's input: what the adapter makes of y (rank values, none where it is merged), the
-        // gated map, y.
+        // A pixel of the last product's input: what the adapter holds of y and the condition, the gated map, y.
         const long wide = rank + 2 * C + PAD, at_gate = rank, at_y = rank + C;
         const long rows = panels * packed(C), size = rows * 2 * V;  // of conv3
-        const long inputs = adapter ? rank + C : bias_map ? 2 * C : C;
+        const long inputs = condition && !adapter ? rank + 2 * C : rank + C;
         float* attended = shared(s.samples * (size + C));  // conv3 with the sample's channel attention in its columns
         float* by = attended + s.samples * size;
         const auto work = [&](float* memory) {
@@ -148,20 +147,25 @@ public:
                         const float* bias = conv4_bias + panel * 2 * V;
                         put(input_row + p * wide + at_gate + panel * V, (a + load(bias)) * (b + load(bias + V)));
                     });
-                    product(input_row + at_y, wide, n, C, adapter, rank / (2 * V), [&](long p, long panel, vec a, vec b) {
-                        put(input_row + p * wide + panel * 2 * V, a);
-                        put(input_row + p * wide + panel * 2 * V + V, b);
-                    });
+                    const float* thin = condition + (sample * pixels + first) * rank;
+                    if (adapter)
+                        product(input_row + at_y, wide, n, C, adapter, rank / (2 * V),
+                                [&](long p, long panel, vec a, vec b) {
+                                    const long c = panel * 2 * V;
+                                    fetch(thin + (PANEL + p) * rank + c);
+                                    put(input_row + p * wide + c, a + load(thin + p * rank + c));
+                                    put(input_row + p * wide + c + V, b + load(thin + p * rank + c + V));
+                                });
+                    else
+                        for (long p = 0; p < n; ++p) put_all(input_row + p * wide, thin + p * rank, rank);
                     product(input_row, wide, n, inputs, conv5, panels,
                             [&](long p, long panel, vec a, vec b) {
                                 const long c = panel * 2 * V;
                                 const float* y = ys + p * y_pixel + c;
-                                const float* bias = bias_map ? bias_map + at + p * C + c : conv5_bias + c;
                                 float* out = x + at + p * C + c;
-                                if (bias_map) fetch(bias + PANEL * C);
                                 fetch(out + PANEL * C);
-                                store(out, a + load(bias) + load(y));
-                                if (c + V < C) store(out + V, b + load(bias + V) + load(y + V));
+                                store(out, a + load(conv5_bias + c) + load(y));
+                                if (c + V < C) store(out + V, b + load(conv5_bias + c + V) + load(y + V));
                             });
                 }
             }

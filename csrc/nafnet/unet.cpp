@@ -125,9 +125,9 @@ void first_pass(Isa isa, const Shape& shape, const float* x, Rows scale, Rows sh
 void second_pass(Isa isa, const Shape& shape, float* x, const float* gated, const float* average,
                  const float* attention, const float* attention_bias, const float* conv3, const float* conv3_bias,
                  Rows scale, Rows shift, const float* conv4, const float* conv4_bias, const float* conv5,
-                 const float* conv5_bias, const float* bias_map, const float* adapter, long rank, int threads) {
+                 const float* conv5_bias, const float* condition, const float* adapter, long rank, int threads) {
     DISPATCH(second_pass, shape, x, gated, average, attention, attention_bias, conv3, conv3_bias, scale, shift, conv4,
-             conv4_bias, conv5, conv5_bias, bias_map, adapter, rank, threads);
+             conv4_bias, conv5, conv5_bias, condition, adapter, rank, threads);
 }
 
 void down(Isa isa, const Shape& shape, const float* x, const float* weight, const float* bias, float* out,

@@ -41,13 +41,14 @@ void first_pass(Isa isa, const Shape& shape, const float* x, Rows scale, Rows sh
                 float* average, int threads);
 
 // y = x + conv3((attention average + attention_bias) * gated), g = SimpleGate(conv4(LN(y) * scale + shift)) and, over x,
-//     y + conv5 g + conv5_bias                        without an adapter: bias_map and adapter are null
-//     y + conv5 [g, y] + bias_map                     one that is merged: conv5 = [M conv5, M - I], M = I + W_out W_in
-//     y + conv5 [adapter y, g] + bias_map             one of low rank: adapter = W_in, conv5 = [W_out, M conv5]
+//     y + conv5 g + conv5_bias                            without an adapter: condition and adapter are null, rank 0
+//     y + conv5 [adapter y + condition, g] + conv5_bias   with one: adapter = W_in, conv5 = [W_out, M conv5]
+//     y + conv5 [condition, g, y] + conv5_bias            with one that is merged: conv5 = [W_out, M conv5, M - I]
+// M = I + W_out W_in; condition is a map of `rank` channels, the picture's share of the adapter's inside.
 void second_pass(Isa isa, const Shape& shape, float* x, const float* gated, const float* average,
                  const float* attention, const float* attention_bias, const float* conv3, const float* conv3_bias,
                  Rows scale, Rows shift, const float* conv4, const float* conv4_bias, const float* conv5,
-                 const float* conv5_bias, const float* bias_map, const float* adapter, long rank, int threads);
+                 const float* conv5_bias, const float* condition, const float* adapter, long rank, int threads);
 
 // 2x2 convolution with stride 2 to twice the channels; inputs are ordered (row, column, channel).
 void down(Isa isa, const Shape& shape, const float* x, const float* weight, const float* bias, float* out, int threads);

@@ -9,7 +9,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -82,26 +82,27 @@ scratch = Scratch()
 
 
 class CpuBlock(nn.Module):
-    """Figure 4's block, and the linear half of the adapter behind it."""
-
-    matrix: Tensor | None
+    """Figure 4's block and the adapter behind it, whose share of the picture has `rank` channels: rC, filled up."""
 
     def __init__(self, block: Block, adapter: MergedAdapter | None, isa: str) -> None:
         super().__init__()
         self.isa, lanes = isa, _lanes(isa)
         folded = FoldedBlock(block, adapter, torch.float32)
         self.residual_bias = folded.residual_bias
-        conv5, adapter_in = folded.w5, None
+        conv5, conv5_bias, adapter_in, self.rank = folded.w5, folded.b5, None, 0
         if adapter is not None:
             # y joins the last product through W_in, or through M where that is no cheaper; M without its identity, so
             # that y itself is added as exactly as in the plain block.
             rank, channels = adapter.m_in.shape
-            short = -rank % (2 * lanes)  # W_in's outputs fill panels
-            if 2 * (rank + short) < channels:
+            panels = rank + -rank % (2 * lanes)
+            self.rank = panels if 2 * panels < channels else rank + -rank % lanes
+            joined = [F.pad(adapter.m_out, (0, self.rank - rank)), conv5]
+            if 2 * panels < channels:
                 adapter_in = _pack(adapter.m_in.float(), isa)
-                conv5 = torch.cat([F.pad(adapter.m_out.float(), (0, short)), conv5], dim=1)
             else:
-                conv5 = torch.cat([conv5, (adapter.m_out @ adapter.m_in).float()], dim=1)
+                joined.append(adapter.m_out @ adapter.m_in)
+            conv5 = torch.cat([part.float() for part in joined], dim=1)
+            conv5_bias = (folded.residual_bias + adapter.bias).float()
         self.register_buffer("adapter", adapter_in)
         values = {
             "conv1": _pairs(_panels_gated(folded.w1.flatten(1), lanes), isa),
@@ -111,12 +112,11 @@ class CpuBlock(nn.Module):
             "conv3": _pack(folded.w3, isa), "conv3_bias": folded.b3,
             "conv4": _pairs(_panels_gated(folded.w4.flatten(1), lanes), isa),
             "conv4_bias": _panels_gated(folded.b4[:, None], lanes),
-            "conv5": _pack(conv5, isa), "conv5_bias": folded.b5,
+            "conv5": _pack(conv5, isa), "conv5_bias": conv5_bias,
             "attention": folded.w_sca, "attention_bias": folded.b_sca,
         }  # fmt: skip
         for name, value in values.items():
             self.register_buffer(name, value)
-        self.register_buffer("matrix", folded.matrix)
         self.arrays = self._arrays()
 
     def _arrays(self) -> dict[str, np.ndarray]:
@@ -128,10 +128,10 @@ class CpuBlock(nn.Module):
         self.arrays = self._arrays()  # of a copy: its own
 
     def forward(
-        self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], bias_map: Tensor | None, number: int, mean: Mean
+        self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], condition: Tensor | None, number: int, mean: Mean
     ) -> Tensor:
-        """x, bias_map: (B, h, w, C); rows: shift1, 1 + scale1, shift2, 1 + scale2, each (B or 1, C). Returns x, which
-        is written over."""
+        """x: (B, h, w, C); rows: shift1, 1 + scale1, shift2, 1 + scale2, each (B or 1, C); condition: (B, h, w, rank),
+        None without an adapter. Returns x, which is written over."""
         shift1, scale1, shift2, scale2 = (row.contiguous().numpy() for row in rows)
         own, maps = self.arrays, x.numpy()
         gated, average = scratch.map("gated", *x.shape), x.new_empty(len(x), 1, x.shape[-1])
@@ -142,13 +142,11 @@ class CpuBlock(nn.Module):
         )  # fmt: skip
         if mean is not own_mean:
             average = mean(number, gated)
-        adapted = bias_map is not None and self.matrix is not None
         _nafnet.second_pass(
             maps, gated.numpy(), average.numpy(), own["attention"], own["attention_bias"],
-            own["conv3"], own["conv3_bias"], scale2, shift2, own["conv4"], own["conv4_bias"], own["conv5"],
-            None if adapted else own["conv5_bias"],
-            cast(Tensor, bias_map).numpy() if adapted else None,
-            own.get("adapter") if adapted else None, **how,
+            own["conv3"], own["conv3_bias"], scale2, shift2, own["conv4"], own["conv4_bias"],
+            own["conv5"], own["conv5_bias"], None if condition is None else condition.numpy(), own.get("adapter"),
+            **how,
         )  # fmt: skip
         return x
 
@@ -188,6 +186,7 @@ class CpuUNet(FoldedUNet):
         self.register_buffer("ending_weight", self.ending_weight.permute(0, 2, 3, 1).contiguous())
 
     def forward(self, h: Tensor, rows: Tensor, bias_maps: dict[str, Tensor], mean: Mean = own_mean) -> Tensor:
+        """As FoldedUNet's, but for bias_maps, which are the blocks' conditions."""
         with scratch.kept():
             return super().forward(h, rows, bias_maps, mean)
 

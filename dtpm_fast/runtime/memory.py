@@ -1,5 +1,6 @@
 """How much memory a picture takes, and how much there is: `--tile auto`."""
 
+import math
 import os
 from pathlib import Path
 
@@ -11,16 +12,32 @@ from dtpm_fast.errors import UserError
 from dtpm_fast.runtime.tiling import OVERLAP
 
 # Maps of C channels at full size that live at once at the worst moment of a plan's step, bias maps of all levels
-# included, by the plan's form; measured (benchmarks/bench_restore.py memory) and rounded up.
-MAPS = {"folded": 20, "kernels": 20, "native": 11}
+# included, and pictures beside them, by the plan's form; measured (benchmarks/bench_restore.py memory) and rounded up.
+MAPS = {"folded": 20.0, "kernels": 20.0, "native": 3.75}  # of the C++ blocks without the adapters' conditions
+PICTURES = {"folded": 4, "kernels": 4, "native": 20}
 CPU_BUDGET = 2 << 30  # bytes: a laptop runs other things as well
-TILES = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128)
+TILES = (2048, 1536, 1280, 1024, 768, 512, 384, 256, 192, 128)
 
 
 def needed(config: ModelConfig, pixels: int, dtype: torch.dtype, form: str = "folded") -> int:
     """Bytes that a plan takes beyond its weights for a batch of so many pixels."""
-    of_map = 4 if form == "native" else dtype.itemsize  # the C++ blocks' maps are float32 in any precision
-    return pixels * (MAPS[form] * config.width * of_map + 12 * torch.float32.itemsize)
+    maps, of_map = MAPS[form], dtype.itemsize
+    if form == "native":
+        maps, of_map = maps + _condition_maps(config), 4  # float32 in any precision
+    return round(pixels * (maps * config.width * of_map + 3 * PICTURES[form] * torch.float32.itemsize))
+
+
+def _condition_maps(config: ModelConfig) -> float:
+    """What the conditions of all adapters take, in maps of full size: rC channels each, which fill vectors of 16."""
+    if config.adapter_positions == "none":
+        return 0.0
+    levels = zip(config.encoder_blocks, reversed(config.decoder_blocks), strict=True)
+    blocks = [*(encoder + decoder for encoder, decoder in levels), config.middle_blocks]
+    found = 0.0
+    for level, count in enumerate(blocks):
+        rank = 16 * math.ceil(config.adapter_ratio * (config.width << level) / 16)
+        found += count * rank / (config.width << 2 * level)
+    return found
 
 
 def free_memory(device: torch.device) -> int:

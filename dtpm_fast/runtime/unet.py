@@ -45,10 +45,20 @@ class MergedAdapter:
                 "(--backend reference), or train with adapter_kind=linear"
             )
         m_in, m_out = (_double(layer.weight).flatten(1) for layer in (adapter.m_in, adapter.m_out))
-        self.m_in, self.m_out = m_in, m_out
+        self.m_in, self.m_out, self.conv = m_in, m_out, _double(adapter.conv.weight)
         self.matrix = torch.eye(m_out.shape[0], dtype=torch.float64, device=m_out.device) + m_out @ m_in
-        self.kernel = torch.einsum("oi,ichw->ochw", m_out, _double(adapter.conv.weight))
-        self.bias = m_out @ (_double(adapter.m_in.bias) + _double(adapter.conv.bias)) + _double(adapter.m_out.bias)
+        self.inside, self.bias = _double(adapter.m_in.bias) + _double(adapter.conv.bias), _double(adapter.m_out.bias)
+
+    def bias_map(self, b5: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution from y_eps to all that is added to M y + M W5 g; b5 (C,): conv5's bias."""
+        kernel = torch.einsum("oi,ichw->ochw", self.m_out, self.conv)
+        return kernel, self.m_out @ self.inside + self.bias + self.matrix @ b5
+
+    def condition(self, b5: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution from y_eps to what is added to W_in (y + W5 g): its rC channels, and zeros
+        to fill them up to `rank`."""
+        weight, bias = self.conv, self.inside + self.m_in @ b5
+        return F.pad(weight, (0,) * 7 + (rank - len(weight),)), F.pad(bias, (0, rank - len(bias)))
 
 
 class FoldedBlock(nn.Module):

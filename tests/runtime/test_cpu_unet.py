@@ -62,13 +62,11 @@ def native(
 ) -> Tensor:
     merged = None if adapter is None else MergedAdapter(adapter)
     ours = CpuBlock(block, merged, isa)
-    bias_map = None
+    condition = None
     if merged is not None:
-        bias = merged.bias + merged.matrix @ ours.residual_bias
-        bias_map = torch.nn.functional.conv2d(y, merged.kernel.to(y), bias.to(y), padding=1).permute(0, 2, 3, 1)
-        bias_map = bias_map.contiguous()
+        condition = PictureMap(*merged.condition(ours.residual_bias, ours.rank), torch.float32)(y)
     shift1, scale1, shift2, scale2 = rows
-    return ours(x.clone(), (shift1, 1 + scale1, shift2, 1 + scale2), bias_map, 0, own_mean)
+    return ours(x.clone(), (shift1, 1 + scale1, shift2, 1 + scale2), condition, 0, own_mean)
 
 
 def drawn(
@@ -79,6 +77,8 @@ def drawn(
     adapter = CGAdapter(shape[1], 0.25, "linear").requires_grad_(False) if adapted else None
     if adapter is not None:
         adapter.m_out.weight.normal_(std=0.1)
+        assert adapter.m_out.bias is not None
+        adapter.m_out.bias.normal_(std=0.1)
     return block, x, rows, adapter, torch.rand(shape[0], 3, *shape[2:]) * 2 - 1
 
 

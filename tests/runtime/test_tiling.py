@@ -1,5 +1,6 @@
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from dtpm_fast import Restorer
 from dtpm_fast.config import Config
 from dtpm_fast.errors import UserError
 from dtpm_fast.runtime import memory
+from dtpm_fast.runtime.cpu_unet import instruction_set
 from dtpm_fast.runtime.noise import noise_fields
-from dtpm_fast.runtime.plan import Plan
+from dtpm_fast.runtime.plan import Plan, native_form
 from dtpm_fast.runtime.restorer import _out_of_memory
 from dtpm_fast.runtime.sampler import make_steps
 from dtpm_fast.runtime.tiling import Tiled, blend_weight, windows
@@ -144,6 +146,31 @@ def test_maps_of_cpp_blocks_take_as_much_in_bfloat16() -> None:
     takes = [memory.needed(config, 1000, dtype, "native") for dtype in (torch.float32, torch.bfloat16)]
     assert takes[0] == takes[1]
     assert memory.needed(config, 1000, torch.bfloat16) < memory.needed(config, 1000, torch.float32)
+
+
+@pytest.mark.skipif(instruction_set(torch.float32, 16) is None, reason="no C++ blocks here")
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"preset": "light"}, {"adapter_ratio": 0.6, "encoder_blocks": (2, 1, 1)}, {"adapter_positions": "none"}],
+    ids=str,
+)
+def test_the_conditions_of_cpp_blocks_are_counted(random_model: Callable[..., tuple], settings: dict) -> None:
+    """The adapters' share of what a picture takes is at least what the plan holds, and no more where vectors have 16
+    numbers."""
+    model, config = random_model(**settings)
+    plan, none = Plan(model, make_steps(config, 2), form="native"), replace(config.model, adapter_positions="none")
+    with torch.inference_mode():
+        found = plan.prepare(smooth_picture(32, 48))
+    held = sum(value.nbytes for name, value in found.items() if name.startswith("adapter."))
+    counted = [memory.needed(c, 32 * 48, torch.float32, "native") for c in (config.model, none)]
+    assert held <= counted[0] - counted[1]
+    if native_form(model, torch.float32) == "avx512":
+        assert held == counted[0] - counted[1]
+
+
+def test_a_photo_of_1080p_takes_no_tiles_in_two_gib() -> None:
+    config = Config.of(preset="light").model
+    assert memory.choose_tile(config, 1, 1088, 1920, torch.float32, memory.CPU_BUDGET, "native") is None
 
 
 @pytest.fixture
