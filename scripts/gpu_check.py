@@ -187,7 +187,7 @@ ROWS = [
     Row("6", 200,
         train("prior", "--stage 1 --set preset=light crop=128 steps=200 kernels=reference compile=false"),
         says("200/200: loss")),
-    Row("7", 300, train("prior", "--stage 1 --set preset=light crop=128 steps=200"),
+    Row("7", 300, train("prior-fused", "--stage 1 --set preset=light crop=128 steps=200"),
         says("fused: they agree", "on: the compiled loss agrees", "200/200: loss")),
     Row("7b", 300, train("derain", "--stage 2 --task derain --prior light --set crop=128 steps=100"),
         says("fused: they agree", "on: the compiled loss agrees", "100/100: loss")),

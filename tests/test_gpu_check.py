@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 Run = Callable[..., tuple[int, dict[str, Any]]]
@@ -84,20 +85,19 @@ def test_what_the_minutes_cut_off_is_left_for_the_next_run(
     assert "unfinished: a\nnot run: b" in capsys.readouterr().out
 
 
-def test_without_a_gpu_it_says_so_and_the_list_is_shown(script: ModuleType, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py")]
-    listed = subprocess.run([*command, "--list"], capture_output=True, text=True, check=True).stdout
+COMMAND = [sys.executable, str(ROOT / "scripts" / "gpu_check.py")]
+
+
+def test_the_list_is_shown_and_an_unknown_row_refused(script: ModuleType) -> None:
+    listed = subprocess.run([*COMMAND, "--list"], capture_output=True, text=True, check=True).stdout
     assert listed.count("\n") == len(script.ROWS)
-    if not script_sees_cuda():
-        done = subprocess.run([*command, "-o", str(tmp_path / "x")], capture_output=True, text=True)
-        assert done.returncode == 1 and "no CUDA device here" in done.stderr and not (tmp_path / "x").exists()
-    assert subprocess.run([*command, "--rows", "none"], capture_output=True).returncode == 2
+    assert subprocess.run([*COMMAND, "--rows", "none"], capture_output=True).returncode == 2
 
 
-def script_sees_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, and the rows would run")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    done = subprocess.run([*COMMAND, "-o", str(tmp_path / "x")], capture_output=True, text=True)
+    assert done.returncode == 1 and "no CUDA device here" in done.stderr and not (tmp_path / "x").exists()
 
 
 def test_the_rows_are_the_lists_and_name_files_that_exist(script: ModuleType) -> None:

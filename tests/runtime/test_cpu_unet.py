@@ -305,6 +305,16 @@ def test_wrong_arrays_are_refused_and_not_read() -> None:
                 _nafnet.down(ok, weight, bias, out, threads=1, isa=isa)
 
 
+def test_a_condition_of_other_channels_is_refused() -> None:
+    block, x, rows, adapter, _ = drawn((1, 16, 4, 4), 0.0, adapted=True)
+    assert adapter is not None
+    ours = CpuBlock(block, MergedAdapter(adapter), "portable")
+    four = (rows[0], 1 + rows[1], rows[2], 1 + rows[3])
+    for channels, message in ((ours.rank + 1, "must fill vectors"), (ours.rank + 4, "expected")):
+        with pytest.raises(ValueError, match=message):
+            ours(x.clone(), four, torch.zeros(1, 4, 4, channels), 0, own_mean)
+
+
 def test_fused_says_which_blocks_run_and_falls_back_to_pytorch(
     random_model: Callable[..., tuple], monkeypatch: pytest.MonkeyPatch
 ) -> None:
