@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from dtpm_fast.commands.task import add_task, check_task_known
 from dtpm_fast.exit_code import run
 from dtpm_fast.given_path import given_path
-from dtpm_fast.tasks import TASKS
 
 EXAMPLE = """examples:
   dtpm-export --task derain --steps 4 -o derain-onnx
   dtpm-export --task derain --format aoti -o derain-aoti
   dtpm-export --task derain --format tensorrt --precision fp16 --bucket 1088x1920 -o derain-trt
-  dtpm-export --task deblur --weights runs/deblur/weights.safetensors --precision fp16 --verify -o deblur-fp16
+  dtpm-export --weights runs/deblur/weights.safetensors --precision fp16 --verify -o deblur-fp16
 The folder appears only when it is complete and its result has been compared with the model's on random input.
 manifest.json says how to use it; docs/export.md explains."""
 BUCKETS = ("512x512", "1088x1920")
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--task", required=True, choices=tuple(TASKS))
+    add_task(parser, "which task's weights")
     parser.add_argument("--steps", type=int, default=4, metavar="S", help="steps of the sampler (default: 4)")
     parser.add_argument("--weights", default="light", help="weights file, or the name of shipped ones (default: light)")
     parser.add_argument("--format", default="onnx", choices=FORMATS, help="default: onnx")
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-o", "--output", required=True, type=given_path, metavar="DIR", help="a folder that is not there yet"
     )
     options = parser.parse_args(arguments)
+    check_task_known(parser, options)
     _check_usage(parser, options)
     return run(lambda: _export(options))
 

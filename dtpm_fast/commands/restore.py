@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from dtpm_fast.commands.task import add_task, check_task_known
 from dtpm_fast.commands.tile import add_tile
 from dtpm_fast.data.pictures import find_photos
 from dtpm_fast.errors import UserError
@@ -29,7 +30,7 @@ if TYPE_CHECKING:  # they import torch or much else: not for --help or a mistype
 EXAMPLE = """examples:
   dtpm-restore rainy.jpg -o dry.png --task derain
   dtpm-restore holiday/ old.jpg -o restored/ --task derain --steps 10 --seed 7
-  dtpm-restore photos/ -o sharp/ --task deblur --weights runs/deblur/weights.safetensors
+  dtpm-restore photos/ -o sharp/ --weights runs/deblur/weights.safetensors
   dtpm-restore holiday/ -o restored/ --task derain --report restored.html
   dtpm-restore photos/ -o dry/ --weights derain-onnx/
 An output keeps its input's stem and is a PNG, unless one photo goes to a file name of your own; where two of a folder
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("inputs", nargs="+", type=given_path, metavar="INPUT", help="a photo, or a folder of photos")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder, or file for one photo")
     parser.add_argument("--skip-existing", action="store_true", help="leave out what has a result: go on with a folder")
-    parser.add_argument("--task", choices=tuple(TASKS), help="what the photos suffer from; an export knows its own")
+    add_task(parser, "what the photos suffer from")
     parser.add_argument("--steps", type=int, metavar="S", help="steps of the sampler (default: 4, or an export's own)")
     parser.add_argument(
         "--weights",
@@ -73,8 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--report-images", type=int, default=12, metavar="N", help="photos in the page (default: 12)")
     options = parser.parse_args(arguments)
-    if options.task is None and not (Path(options.weights) / "manifest.json").is_file():
-        parser.error("--task is needed (only a folder that dtpm-export wrote knows its own)")
+    check_task_known(parser, options)
     if options.report_images < 1:
         parser.error(f"--report-images {options.report_images}: must be at least 1")
     if options.report is not None and options.report.is_dir():

@@ -103,8 +103,8 @@ class Restorer:
         """A restorer from shipped weights ("light"), from a file that stage II of the training wrote, or from a folder
         that `dtpm-export` wrote, which runs in its own backend (onnx, aoti, tensorrt).
 
-        Left out, task and steps are derain and 4, or a folder's own. `settings` are the constructor's: tile, precision,
-        sampler.
+        Left out, the task is the file's or folder's own, of a name derain; steps are 4, or a folder's own. `settings`
+        are the constructor's: tile, precision, sampler.
 
         Raises `UserError` for an unknown name, task, device or backend, for weights of another task or of stage I, for
         a number of steps outside 1..T, and for settings that differ from a folder's.
@@ -116,7 +116,7 @@ class Restorer:
             return ExportedRestorer(
                 name_or_path, task=task, steps=steps, device=device, backend=backend, seed=seed, **settings
             )
-        weights = find_weights(name_or_path, task or "derain")
+        weights = find_weights(name_or_path, task)
         steps = 4 if steps is None else steps
         restorer = cls(weights, steps=steps, device=device, backend=backend, seed=seed, **settings)
         restorer._name = name_or_path

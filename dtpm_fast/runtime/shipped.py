@@ -9,16 +9,17 @@ from dtpm_fast.weights_file import Weights, read_weights
 FOLDER = Path(__file__).parent.parent / "weights"
 
 
-def find_weights(name_or_path: str | Path, task: str) -> Weights:
-    """The stage II weights for a task, by name or path. Raises `UserError` for an unknown name, an unreadable file, a
-    stage I file, or weights of another task."""
-    weights = read_weights(locate(str(name_or_path), task))
+def find_weights(name_or_path: str | Path, task: str | None = None) -> Weights:
+    """The stage II weights for a task, by name or path; without a task a file's own, or derain's of a name. Raises
+    `UserError` for an unknown name, an unreadable file, a stage I file, or weights of another task."""
+    weights = read_weights(locate(str(name_or_path), task or "derain"))
     if weights.stage != 2:
         raise UserError(
             f"{weights.path}: holds stage {weights.stage} weights, the prior alone; restoring needs stage 2 weights "
-            f"(python -m dtpm_fast.train --stage 2 --task {task} --prior {weights.path} ...)"
+            f"(python -m dtpm_fast.train --stage 2 --task {task or 'TASK'} --prior {weights.path} ...)"
         )
-    check_trained_for(task, weights.task, weights.path)
+    if task is not None:
+        check_trained_for(task, weights.task, weights.path)
     return weights
 
 

@@ -347,6 +347,22 @@ def test_a_wrong_checkpoint_ends_before_any_work(
     assert not out.exists()
 
 
+def test_a_weights_file_knows_its_task(
+    photos: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    random_weights: Callable[..., Path],
+) -> None:
+    weights = random_weights(tmp_path / "mine.safetensors", task="defocus")
+    given = [str(photos / "colour.jpg"), "-o", str(tmp_path / "sharp.png"), "--device", "cpu", "--steps", "1"]
+    assert main([*given, "--weights", str(weights)]) == 0
+    assert "mine.safetensors (defocus, " in caplog.text
+    with pytest.raises(SystemExit) as stop:
+        main(given)  # a name stands for every task's weights
+    assert stop.value.code == 2 and "--task is needed: --weights light" in capsys.readouterr().err
+
+
 def test_settings_that_cannot_be_had_are_one_line(
     photos: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

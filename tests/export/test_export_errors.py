@@ -70,11 +70,14 @@ def test_stage_one_and_gated_weights_are_refused(
     tmp_path: Path, random_weights: Callable[..., Path], capsys: pytest.CaptureFixture
 ) -> None:
     stage1 = random_weights(tmp_path / "1.safetensors", stage=1)
-    assert main(["--task", "derain", "--weights", str(stage1), "-o", str(tmp_path / "x")]) == 1
+    assert main(["--weights", str(stage1), "-o", str(tmp_path / "x")]) == 1  # a file's task need not be given
     assert "restoring needs stage 2 weights" in capsys.readouterr().err
     gated = random_weights(tmp_path / "2.safetensors", adapter_kind="gated")
     assert main(["--task", "derain", "--weights", str(gated), "-o", str(tmp_path / "x")]) == 1
     assert "cannot be merged" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # a name's does
+        main(["-o", str(tmp_path / "x")])
+    assert "--task is needed: --weights light" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.safetensors", "2.safetensors"]
 
 

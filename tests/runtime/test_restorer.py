@@ -172,6 +172,7 @@ def test_unusable_weights_are_named(weights: Path, tmp_path: Path, random_weight
     (tmp_path / "text.safetensors").write_text("no weights")
     for name, task, message in (
         (prior, "derain", "prior.safetensors: holds stage 1 weights"),
+        (prior, None, "prior.safetensors: holds stage 1 weights.* --stage 2 --task TASK"),
         (weights, "deblur", "trained for the task 'derain', not for 'deblur'"),
         (tmp_path / "absent.safetensors", "derain", "absent.safetensors: no such weights file"),
         (tmp_path / "text.safetensors", "derain", "text.safetensors: not a readable safetensors file"),
@@ -189,6 +190,7 @@ def test_weights_for_the_whole_task_serve_its_halves_only(
     assert Restorer.from_pretrained(both, "dehaze", device="cpu")(photo(8, 8)).shape == (8, 8, 3)
     with pytest.raises(UserError, match="not for 'rainhaze'"):
         Restorer.from_pretrained(weights, "rainhaze")
+    assert Restorer.from_pretrained(both, device="cpu").task == "rainhaze"  # a file's own task, where none is asked for
 
 
 @pytest.mark.parametrize("task", ["dehaze", "derain", "rainhaze", "desnow", "raindrop", "deblur", "defocus"])
