@@ -1,7 +1,7 @@
 """K3: all of the block behind the depth-wise convolution in one pass, and the backward of its two halves.
 
-Per pixel: channel attention's scale, 1×1, residual, AdaLN, 1×1, SimpleGate, 1×1, residual, merged adapter. Maps are
-channels_last. Names: P pixels of a tile, C channels, padded; a and b are the gate's halves.
+Per pixel: channel attention's scale, 1×1, residual, AdaLN, 1×1, SimpleGate, 1×1, residual, adapter. Maps are
+channels_last. Names: P pixels of a tile, C channels, R an adapter's rank, padded; a and b are the gate's halves.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -11,6 +11,7 @@ import triton.language as tl
 
 from dtpm_fast.kernels.adaln_conv1x1_triton import block_of, load_weight, store_square
 from dtpm_fast.kernels.adaln_triton import load_modulation, load_row, normalise, normalise_backward
+from dtpm_fast.kernels.adapter import Adapter
 from dtpm_fast.kernels.dispatch import Options
 from dtpm_fast.kernels.tiles import COMPILER, add_partials, empty_map, programs_per_sample, sum_pixels
 
@@ -25,7 +26,7 @@ def attention_ffn_forward(
     conv4: tuple[torch.Tensor, torch.Tensor],
     conv5: tuple[torch.Tensor, torch.Tensor],
     gamma: torch.Tensor,
-    adapter: tuple[torch.Tensor, torch.Tensor] | None,
+    adapter: Adapter | None,
     eps: float,
     save_y: bool,
     options: Options,
@@ -36,11 +37,12 @@ def attention_ffn_forward(
     z = empty_map(x.shape, x)
     y = empty_map(x.shape, x) if save_y else None
     shift, scale = modulation
-    matrix, bias_map = (x, x) if adapter is None else adapter  # x stands in for what is not read
+    inside = (x, x, x) if adapter is None else adapter[:3]  # x stands in for what is not read
+    rank = 0 if adapter is None else adapter.m_in.shape[0]
     attention_ffn_forward_kernel[(triton.cdiv(pixels, options["BLOCK_P"]), samples)](
-        g, attention, x, *conv3, beta, shift, scale, *conv4, *conv5, gamma, matrix, bias_map, z, x if y is None else y,
+        g, attention, x, *conv3, beta, shift, scale, *conv4, *conv5, gamma, *inside, z, x if y is None else y,
         shift.stride(0), scale.stride(0), pixels, eps,
-        CHANNELS=channels, BLOCK_C=block_of(channels), SAVE_Y=save_y, ADAPTER=adapter is not None,
+        CHANNELS=channels, BLOCK_C=block_of(channels), SAVE_Y=save_y, RANK=rank, BLOCK_R=block_of(rank),
         **options, **COMPILER,
     )  # fmt: skip
     return z, y
@@ -106,8 +108,9 @@ def conv3_backward(
 @triton.jit
 def attention_ffn_forward_kernel(
     g_ptr, attention_ptr, x_ptr, weight3_ptr, bias3_ptr, beta_ptr, shift_ptr, scale_ptr, weight4_ptr, bias4_ptr,
-    weight5_ptr, bias5_ptr, gamma_ptr, matrix_ptr, bias_map_ptr, z_ptr, y_ptr, shift_stride, scale_stride, pixels, eps,
-    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, SAVE_Y: tl.constexpr, ADAPTER: tl.constexpr,
+    weight5_ptr, bias5_ptr, gamma_ptr, m_in_ptr, m_out_ptr, condition_ptr, z_ptr, y_ptr, shift_stride, scale_stride,
+    pixels, eps, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, SAVE_Y: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     c = tl.arange(0, BLOCK_C)[None, :]
     in_c = c < CHANNELS
@@ -134,10 +137,14 @@ def attention_ffn_forward_kernel(
     weight = load_weight(weight5_ptr, 0, BLOCK_C, CHANNELS, CHANNELS, BLOCK_C)
     h = tl.dot((a * b).to(g.dtype), tl.trans(weight), input_precision="ieee") + load_row(bias5_ptr, c, in_c)
     z = y + h * load_row(gamma_ptr, c, in_c)
-    if ADAPTER:
-        weight = load_weight(matrix_ptr, 0, BLOCK_C, CHANNELS, CHANNELS, BLOCK_C)
-        z = tl.dot(z.to(g.dtype), tl.trans(weight), input_precision="ieee")
-        z += tl.load(bias_map_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
+    if RANK > 0:
+        r = tl.arange(0, BLOCK_R)[None, :]
+        condition_ptr += (tl.program_id(1).to(tl.int64) * pixels + first) * RANK
+        weight = load_weight(m_in_ptr, 0, BLOCK_R, RANK, CHANNELS, BLOCK_C)
+        h = tl.dot(z.to(g.dtype), tl.trans(weight), input_precision="ieee")
+        h += tl.load(condition_ptr + p * RANK + r, mask=(first + p < pixels) & (r < RANK), other=0.0).to(tl.float32)
+        weight = load_weight(m_out_ptr, 0, BLOCK_C, CHANNELS, RANK, BLOCK_R)
+        z += tl.dot(h.to(g.dtype), tl.trans(weight), input_precision="ieee")
     tl.store(z_ptr + start + at, z.to(g.dtype), mask=mask)
 
 

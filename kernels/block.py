@@ -1,10 +1,10 @@
-"""The denoising block of figure 4 as one call, with the merged CG-adapter behind it.
+"""The denoising block of figure 4 as one call, with the linear CG-adapter behind it.
 
 h = AdaLN(x; shift1, scale1) → 1×1 C→2C → depth-wise 3×3 → SimpleGate → channel attention → 1×1 C→C
 y = x + beta · h
 h = AdaLN(y; shift2, scale2) → 1×1 C→2C → SimpleGate → 1×1 C→C
 z = y + gamma · h
-adapter: A z + bias map
+adapter: z + M_out (M_in z + condition)
 """
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtpm_fast.kernels.adaln import adaln_ref
+from dtpm_fast.kernels.adapter import Adapter, adapter_of, adapter_ref, check_adapter, tensors_of
 from dtpm_fast.kernels.block_compute import BlockWeights, Modulation, block_backward, block_forward
 from dtpm_fast.kernels.channel_attention import channel_attention_ref
 from dtpm_fast.kernels.checks import check_map, check_modulation, check_parameter, check_vector
@@ -26,7 +27,7 @@ def denoising_block(
     shift2: Tensor,
     scale2: Tensor,
     weights: BlockWeights,
-    adapter: tuple[Tensor, Tensor] | None = None,
+    adapter: Adapter | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
     """The block, differentiable in everything; the backward keeps x, y, g and (B, C) means, and recomputes the rest. It
@@ -36,29 +37,28 @@ def denoising_block(
         x: (B, C, H, W); channels_last, or contiguous, which costs a copy on a GPU.
         shift1, scale1, shift2, scale2: (B, C), any floating dtype; chunks of a wider tensor will do.
         weights: `block_weights(module)`; the convolutions in `x`'s dtype, or any under torch.autocast.
-        adapter: a merged CG-adapter: matrix (C, C) and bias map (B, C, H, W).
+        adapter: a linear CG-adapter of the picture.
         eps: of AdaLN.
 
     Returns: (B, C, H, W), channels_last on a GPU, in `x`'s dtype, or autocast's where that is on.
     Raises: `ValueError` for a wrong shape, stride or device, `TypeError` for a wrong dtype.
     """
-    x, *cast = cast_for_autocast(x, *weights[:12], *(adapter or ()))  # beta and gamma are read in any dtype
-    weights, adapter = BlockWeights._make([*cast[:12], *weights[12:]]), (cast[12], cast[13]) if adapter else None
+    x, *cast = cast_for_autocast(x, *weights[:12], *tensors_of(adapter))  # beta and gamma are read in any dtype
+    weights, adapter = BlockWeights._make([*cast[:12], *weights[12:]]), adapter_of(cast[12:])
     modulation = Modulation(shift1, scale1, shift2, scale2)
     _check(x, modulation, weights, adapter)
     if not runs_triton(x):
         return denoising_block_ref(x, *modulation, weights, adapter, eps)
     x = x.contiguous(memory_format=torch.channels_last)
-    matrix, bias_map = (None, None) if adapter is None else adapter
-    if bias_map is not None:
-        bias_map = bias_map.contiguous(memory_format=torch.channels_last)
-    differentiable = [x, *modulation, *weights, *(adapter or ())]
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)):
-        return _block(x, list(modulation), list(weights), matrix, bias_map, eps)  # torch 2.11 compiles no other tuples
-    z = _block_train(x, list(modulation), list(weights), eps)[0]
-    if matrix is None or bias_map is None:
-        return z
-    return F.conv2d(z, matrix[:, :, None, None]) + bias_map
+    if adapter is not None:
+        condition = adapter.condition.contiguous(memory_format=torch.channels_last)
+        adapter = adapter._replace(condition=condition)
+    # torch 2.11 compiles no other tuples than lists
+    given = [list(modulation), list(weights), tensors_of(adapter)]
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for part in ([x], *given) for tensor in part)):
+        return _block(x, *given, eps)
+    z = _block_train(x, *given[:2], eps)[0]
+    return z if adapter is None else adapter_ref(z, adapter)
 
 
 def denoising_block_ref(
@@ -68,7 +68,7 @@ def denoising_block_ref(
     shift2: Tensor,
     scale2: Tensor,
     weights: BlockWeights,
-    adapter: tuple[Tensor, Tensor] | None = None,
+    adapter: Adapter | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
     """The oracle of `denoising_block`."""
@@ -79,10 +79,7 @@ def denoising_block_ref(
     y = x + w.beta.to(x.dtype) * F.conv2d(h, w.conv3_weight, w.conv3_bias)
     h = simple_gate_ref(F.conv2d(adaln_ref(y, shift2, scale2, eps), w.conv4_weight, w.conv4_bias))
     z = y + w.gamma.to(x.dtype) * F.conv2d(h, w.conv5_weight, w.conv5_bias)
-    if adapter is None:
-        return z
-    matrix, bias_map = adapter
-    return F.conv2d(z, matrix[:, :, None, None]) + bias_map
+    return z if adapter is None else adapter_ref(z, adapter)
 
 
 def block_weights(module: nn.Module) -> BlockWeights:
@@ -118,17 +115,13 @@ def check_weights(weights: BlockWeights, like: Tensor) -> None:
     check_vector("gamma", weights.gamma, (1, c, 1, 1), like)
 
 
-def _check(x: Tensor, modulation: Modulation, weights: BlockWeights, adapter: tuple[Tensor, Tensor] | None) -> None:
+def _check(x: Tensor, modulation: Modulation, weights: BlockWeights, adapter: Adapter | None) -> None:
     check_map("x", x)
     for name, vector in zip(Modulation._fields, modulation, strict=True):
         check_modulation(name, vector, x)
     check_weights(weights, x)
     if adapter is not None:
-        c = x.shape[1]
-        check_parameter("adapter[0]", adapter[0], (c, c), x)
-        check_map("adapter[1]", adapter[1])
-        if adapter[1].shape != x.shape or adapter[1].dtype != x.dtype or adapter[1].device != x.device:
-            raise ValueError(f"adapter[1] must have x's shape {tuple(x.shape)}, dtype and device")
+        check_adapter(adapter, x)
 
 
 @torch.library.custom_op("dtpm_fast::denoising_block", mutates_args=())
@@ -136,12 +129,11 @@ def _block(
     x: Tensor,
     modulation: list[Tensor],
     weights: list[Tensor],
-    matrix: Tensor | None,
-    bias_map: Tensor | None,
+    adapter: list[Tensor],
     eps: float,
 ) -> Tensor:
-    adapter = None if matrix is None or bias_map is None else (matrix, bias_map)
-    return block_forward(x, Modulation(*modulation), BlockWeights(*weights), adapter, eps, save=False)[0]
+    given = Modulation(*modulation), BlockWeights(*weights), adapter_of(adapter)
+    return block_forward(x, *given, eps, save=False)[0]
 
 
 @_block.register_fake
@@ -149,8 +141,7 @@ def _(
     x: Tensor,
     modulation: list[Tensor],
     weights: list[Tensor],
-    matrix: Tensor | None,
-    bias_map: Tensor | None,
+    adapter: list[Tensor],
     eps: float,
 ) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)

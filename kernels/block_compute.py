@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtpm_fast.kernels.adaln import compute_adaln, compute_adaln_backward
+from dtpm_fast.kernels.adapter import Adapter, merge_conv5
 from dtpm_fast.kernels.channel_attention import (
     attention_backward,
     attention_of,
@@ -55,7 +56,7 @@ def block_forward(
     x: Tensor,
     modulation: Modulation,
     weights: BlockWeights,
-    adapter: tuple[Tensor, Tensor] | None,
+    adapter: Adapter | None,
     eps: float,
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -173,7 +174,7 @@ def attention_ffn(
     x: Tensor,
     modulation: Modulation,
     weights: BlockWeights,
-    adapter: tuple[Tensor, Tensor] | None,
+    adapter: Adapter | None,
     eps: float,
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -204,18 +205,33 @@ def attention_ffn(
     y = wide("wide_attention_conv1x1_residual", g, *conv3, attention=attention, residual=x, factor=weights.beta)
     adaln = modulation.shift2, modulation.scale2, eps
     h = wide("wide_adaln_conv1x1_gate", y, *conv4, adaln=adaln, gate=True)
-    z = wide("wide_conv1x1_residual", h, *conv5, residual=y, factor=weights.gamma)
-    if adapter is not None:
-        matrix, bias_map = adapter
-        z = wide("wide_conv1x1_residual", z, matrix, None, residual=bias_map)
+    if adapter is None:
+        z = wide("wide_conv1x1_residual", h, *conv5, residual=y, factor=weights.gamma)
+    else:
+        z = conv5_adapter(h, y, conv5, weights.gamma, adapter)
     return z, y if save else None
+
+
+def conv5_adapter(h: Tensor, y: Tensor, conv5: tuple[Tensor, Tensor], gamma: Tensor, adapter: Adapter) -> Tensor:
+    """The adapter of `y + gamma · conv5(h)`: one product over h, y and the condition, or three in turn."""
+    options = _fused("wide_conv1x1_adapter", h)
+    if options is not None:
+        from dtpm_fast.kernels.wide_conv1x1_triton import wide_conv1x1
+
+        weight, bias, matrix = adapter.merged or merge_conv5(*conv5, gamma, adapter.m_in, adapter.m_out)
+        behind = matrix, adapter.m_out, adapter.condition
+        return wide_conv1x1(h, weight, bias, options, residual=y, adapter=behind)
+    z = wide("wide_conv1x1_residual", h, *conv5, residual=y, factor=gamma)
+    rows, condition = (tensor.permute(0, 2, 3, 1).flatten(0, 2) for tensor in (z, adapter.condition))
+    inside = torch.addmm(condition, rows, adapter.m_in.t())
+    return torch.addmm(rows, inside, adapter.m_out.t()).view(z.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
 
 def wide(
     kernel: str,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor,
     *,
     adaln: tuple[Tensor, Tensor, float] | None = None,
     attention: Tensor | None = None,

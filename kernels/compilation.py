@@ -149,13 +149,18 @@ def _fused(channels: int, dtype: torch.dtype) -> Iterator[Case]:
     doubled = {"CHANNELS": 2 * channels}
     plain = {"CHANNELS": channels, "OUTPUTS": 2 * channels, "BLOCK_C": block_of(channels)}
     single = {"CHANNELS": channels}
+    rank = channels // 4  # of an adapter, as in the presets
+
+    def adapted(rank: int) -> dict[str, int]:
+        return {"RANK": rank, "BLOCK_R": block_of(rank)}
+
     k1, k2, k3 = adaln_conv1x1_triton, dwconv_triton, attention_ffn_triton
     table: list[tuple[str, Any, dict[str, int | bool]]] = [
         ("adaln_conv1x1_forward", k1.adaln_conv1x1_forward_kernel, {**plain}),
         ("dwconv_gate_pool_forward", k2.dwconv_gate_pool_forward_kernel, {**single}),
         ("dwconv_backward", k2.dwconv_backward_kernel, {**doubled}),
-        ("attention_ffn_forward", k3.attention_ffn_forward_kernel, {**plain, "SAVE_Y": True, "ADAPTER": False}),
-        ("attention_ffn_forward", k3.attention_ffn_forward_kernel, {**plain, "SAVE_Y": False, "ADAPTER": True}),
+        ("attention_ffn_forward", k3.attention_ffn_forward_kernel, {**plain, "SAVE_Y": True, **adapted(0)}),
+        ("attention_ffn_forward", k3.attention_ffn_forward_kernel, {**plain, "SAVE_Y": False, **adapted(rank)}),
     ]
     for frozen in (False, True):
         table += [
@@ -164,14 +169,14 @@ def _fused(channels: int, dtype: torch.dtype) -> Iterator[Case]:
             ("ffn_backward", k3.ffn_backward_kernel, {**plain, "FROZEN": frozen}),
             ("conv3_backward", k3.conv3_backward_kernel, {**plain, "FROZEN": frozen}),
         ]
-    wide: dict[str, int | bool] = {"CHANNELS": channels, "OUTPUTS": channels, "BIAS": True}
+    wide: dict[str, int | bool] = {"CHANNELS": channels, "OUTPUTS": channels, "RANK": 0}
     wide |= dict.fromkeys(("ADALN", "ATTENTION", "GATE", "RESIDUAL", "FACTOR"), False)
     for name, own in (
         ("wide_adaln_conv1x1", {"OUTPUTS": 2 * channels, "ADALN": True}),
         ("wide_attention_conv1x1_residual", {"ATTENTION": True, "RESIDUAL": True, "FACTOR": True}),
         ("wide_adaln_conv1x1_gate", {"ADALN": True, "GATE": True}),
         ("wide_conv1x1_residual", {"RESIDUAL": True, "FACTOR": True}),
-        ("wide_conv1x1_residual", {"RESIDUAL": True, "BIAS": False}),  # the adapter
+        ("wide_conv1x1_adapter", {"RESIDUAL": True, "RANK": rank}),
     ):
         table.append((name, wide_conv1x1_triton.wide_conv1x1_kernel, wide | own))
     for name, kernel, constants in table:
@@ -205,6 +210,7 @@ def markdown(rows: list[tuple[Case, dict[int, Resources]]]) -> str:
     ]
     for case, got in rows:
         flags = [name for name, value in case.constants.items() if isinstance(value, bool) and value]
+        flags += [f"RANK={case.constants['RANK']}"] if case.constants.get("RANK") else []
         options = " ".join([*flags, *(f"{name}={value}" for name, value in case.options.items())])
         figures = (
             " / ".join(str(getattr(found, field.name)) for found in got.values())

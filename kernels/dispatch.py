@@ -34,6 +34,7 @@ OPTIONS = {
     "wide_attention_conv1x1_residual": _PRODUCT,
     "wide_adaln_conv1x1_gate": _PRODUCT,
     "wide_conv1x1_residual": _PRODUCT,
+    "wide_conv1x1_adapter": _PRODUCT,
     "dwconv_gate_pool_forward": _STRIP,
     "gate_backward": _STRIP,
     "dwconv_backward": _STRIP,
@@ -47,6 +48,7 @@ WIDE = {
     "wide_attention_conv1x1_residual": "attention_ffn_forward",
     "wide_adaln_conv1x1_gate": "attention_ffn_forward",
     "wide_conv1x1_residual": "attention_ffn_forward",
+    "wide_conv1x1_adapter": "attention_ffn_forward",
 }
 
 Options = dict[str, int]

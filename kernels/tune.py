@@ -31,7 +31,7 @@ from dtpm_fast.exit_code import run
 from dtpm_fast.kernels import block_compute, dwconv_triton, wide_conv1x1_triton
 from dtpm_fast.kernels.block_compute import BlockWeights, Modulation
 from dtpm_fast.kernels.dispatch import ALWAYS, ANY, WIDE, Options, Table, read_table, table, using_table
-from dtpm_fast.kernels.traffic import block_inputs
+from dtpm_fast.kernels.traffic import adapter_inputs, block_inputs
 
 CHANNELS = (32, 64, 128, 256, 512)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
@@ -193,6 +193,7 @@ def _steps(channels: int, dtype: torch.dtype, side: int = 0, batch: int = BATCH)
     conv3, conv4, conv5 = ((getattr(weights, f"conv{n}_weight"), getattr(weights, f"conv{n}_bias")) for n in (3, 4, 5))
     adaln = modulation.shift2, modulation.scale2, EPS
     wide = block_compute.wide
+    adapter = adapter_inputs(x)
     return {
         "wide_adaln_conv1x1": lambda: block_compute.adaln_conv1x1(x, modulation, weights, EPS),
         "wide_attention_conv1x1_residual": lambda: wide(
@@ -200,6 +201,7 @@ def _steps(channels: int, dtype: torch.dtype, side: int = 0, batch: int = BATCH)
         ),
         "wide_adaln_conv1x1_gate": lambda: wide("wide_adaln_conv1x1_gate", x, *conv4, adaln=adaln, gate=True),
         "wide_conv1x1_residual": lambda: wide("wide_conv1x1_residual", g, *conv5, residual=x, factor=weights.gamma),
+        "wide_conv1x1_adapter": lambda: block_compute.conv5_adapter(g, x, conv5, weights.gamma, adapter),
         "adaln_conv1x1_forward": lambda: block_compute.adaln_conv1x1(x, modulation, weights, EPS),
         "adaln_conv1x1_backward": lambda: block_compute.adaln_conv1x1_backward(h, x, x, modulation, weights, EPS),
         "attention_ffn_forward": lambda: block_compute.attention_ffn(*arguments),

@@ -1,9 +1,9 @@
 """A 1×1 convolution of many channels with what stands before and behind it in the block, as one tiled product.
 
 K1 and K3 hold whole rows of channels, which ends at some 128 of them. From there on the block is four products of this
-kind (five with an adapter): AdaLN → conv1; attention's scale → conv3 → residual; AdaLN → conv4 → gate; conv5 →
-residual. A program takes BLOCK_P pixels and BLOCK_N outputs, and walks over the input channels in steps of BLOCK_K.
-Maps are channels_last. Names: P pixels of a tile, N output channels, K input channels.
+kind: AdaLN → conv1; attention's scale → conv3 → residual; AdaLN → conv4 → gate; conv5 → residual, and the adapter in
+the same pass (`MergedConv5`). A program takes BLOCK_P pixels and BLOCK_N outputs, and walks over the input channels in
+steps of BLOCK_K. Maps are channels_last. Names: P pixels of a tile, N output channels, K input channels.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -21,7 +21,7 @@ SMALLEST_P, SMALLEST_N = 32, 64  # tiles that `launch` makes no smaller
 def wide_conv1x1(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    bias: torch.Tensor,
     options: Options,
     *,
     adaln: tuple[torch.Tensor, torch.Tensor, float] | None = None,
@@ -29,10 +29,12 @@ def wide_conv1x1(
     gate: bool = False,
     residual: torch.Tensor | None = None,
     factor: torch.Tensor | None = None,
+    adapter: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """`residual + factor · gate(conv1x1(x'))`, x' being AdaLN(x) with (shift, scale, eps), `attention` · x, or x.
 
-    `attention` is (B, C) in float32; `factor` one value a channel; what is None is left out.
+    `attention` is (B, C) in float32; `factor` one value a channel; what is None is left out. `adapter` adds
+    matrix · residual + m_out · condition: matrix (C, C), m_out (C, R) and the condition (B, R, H, W).
     """
     samples, channels, height, width = x.shape
     outputs, pixels = weight.shape[0] // (2 if gate else 1), height * width
@@ -40,12 +42,14 @@ def wide_conv1x1(
     shift, scale, eps = adaln or (x, x, 0.0)  # x stands in for what is not read
     strides = (shift.stride(0), scale.stride(0)) if adaln else (0, 0)
     grid, options = launch(samples, pixels, outputs, options)
-    stand_in = (x if tensor is None else tensor for tensor in (bias, attention, residual, factor))
+    rank = 0 if adapter is None else adapter[2].shape[1]
+    given = (attention, residual, factor, *(adapter or (None, None, None)))
+    stand_in = (x if tensor is None else tensor for tensor in given)
     wide_conv1x1_kernel[grid](
-        x, weight, shift, scale, *stand_in, out, *strides, pixels, eps,
-        CHANNELS=channels, OUTPUTS=outputs, BIAS=bias is not None, ADALN=adaln is not None,
+        x, weight, shift, scale, bias, *stand_in, out, *strides, pixels, eps,
+        CHANNELS=channels, OUTPUTS=outputs, ADALN=adaln is not None,
         ATTENTION=attention is not None, GATE=gate, RESIDUAL=residual is not None, FACTOR=factor is not None,
-        **options, **COMPILER,
+        RANK=rank, **options, **COMPILER,
     )  # fmt: skip
     return out
 
@@ -94,11 +98,23 @@ def load_columns(ptr, n, k, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
+def add_product(out, rows, in_p, weight_ptr, n, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """`out` and the product of pixels' channels, at the pointers `rows` (P, 1), with weight rows n (N) of (outputs,
+    channels)."""
+    for first in range(0, CHANNELS, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)[None, :]
+        x = tl.load(rows + k, mask=in_p & (k < CHANNELS), other=0.0)
+        weight = load_columns(weight_ptr, n[:, None], k, OUTPUTS, CHANNELS)
+        out = tl.dot(x, tl.trans(weight), out, input_precision="ieee")
+    return out
+
+
+@triton.jit
 def wide_conv1x1_kernel(
-    x_ptr, weight_ptr, shift_ptr, scale_ptr, bias_ptr, attention_ptr, residual_ptr, factor_ptr, out_ptr,
-    shift_stride, scale_stride, pixels, eps,
-    CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, BIAS: tl.constexpr, ADALN: tl.constexpr, ATTENTION: tl.constexpr,
-    GATE: tl.constexpr, RESIDUAL: tl.constexpr, FACTOR: tl.constexpr,
+    x_ptr, weight_ptr, shift_ptr, scale_ptr, bias_ptr, attention_ptr, residual_ptr, factor_ptr, matrix_ptr,
+    m_out_ptr, condition_ptr, out_ptr, shift_stride, scale_stride, pixels, eps,
+    CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, ADALN: tl.constexpr, ATTENTION: tl.constexpr,
+    GATE: tl.constexpr, RESIDUAL: tl.constexpr, FACTOR: tl.constexpr, RANK: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Programs of one tile of pixels follow each other, so that all but the first find it in the cache."""
@@ -130,14 +146,16 @@ def wide_conv1x1_kernel(
         if GATE:
             weight = load_columns(weight_ptr + OUTPUTS * CHANNELS, n[:, None], k, OUTPUTS, CHANNELS)
             b = tl.dot(x, tl.trans(weight), b, input_precision="ieee")
+    if RANK > 0:
+        rows = residual_ptr + start * OUTPUTS + p * OUTPUTS
+        out = add_product(out, rows, in_p, matrix_ptr, n, OUTPUTS, OUTPUTS, BLOCK_K)
+        rows = condition_ptr + start * RANK + p * RANK
+        out = add_product(out, rows, in_p, m_out_ptr, n, OUTPUTS, RANK, BLOCK_K)
     n = n[None, :]
     in_n = n < OUTPUTS
-    if BIAS:
-        out += load_row(bias_ptr, n, in_n)
+    out += load_row(bias_ptr, n, in_n)
     if GATE:
-        if BIAS:
-            b += load_row(bias_ptr + OUTPUTS, n, in_n)
-        out *= b
+        out *= b + load_row(bias_ptr + OUTPUTS, n, in_n)
     if FACTOR:
         out *= load_row(factor_ptr, n, in_n)
     at = p * OUTPUTS + n

@@ -78,13 +78,13 @@ class Prepare(nn.Module):
         for (position, channels), block in zip(step.unet.positions.items(), step.unet.blocks, strict=True):
             if position in adapters:
                 level = self.levels[position] = (channels // width).bit_length() - 1
-                b5 = cast(FoldedBlock | KernelBlock | CpuBlock, block).residual_bias
-                if isinstance(block, CpuBlock):
-                    self.maps[_key(position)] = _map(form, *adapters[position].condition(b5, block.rank), dtype)
-                elif form == "kernels":  # on a GPU all maps of a level are one product
-                    at_level.setdefault(level, []).append(adapters[position].bias_map(b5))
+                own, adapter = cast(FoldedBlock | KernelBlock | CpuBlock, block), adapters[position]
+                if isinstance(own, KernelBlock):  # on a GPU all conditions of a level are one product
+                    at_level.setdefault(level, []).append(adapter.condition(own.residual_bias, own.rank))
+                elif isinstance(own, CpuBlock):
+                    self.maps[_key(position)] = _map(form, *adapter.condition(own.residual_bias, own.rank), dtype)
                 else:
-                    self.maps[_key(position)] = _map(form, *adapters[position].bias_map(b5), dtype)
+                    self.maps[_key(position)] = _map(form, *adapter.bias_map(own.residual_bias), dtype)
         stacks = {str(level): StackedPictureMaps(maps, dtype) for level, maps in at_level.items()}
         self.stacks = nn.ModuleDict(stacks)
 
@@ -111,8 +111,8 @@ class Prepare(nn.Module):
 
     def conditions(self, y_d: Tensor, y_eps: Tensor, code: Tensor | None) -> Conditions:
         """ "y_eps" (B, 3, H, W); "intro", the condition's half of the intro convolution, and "adapter.<position>", the
-        adapters' bias maps, (B, h, w, C) each, of the C++ blocks (B, h, w, rank); "code_rows" (B, sum of 4C), the
-        code's share of the modulation."""
+        adapters' bias maps, (B, h, w, C) each, of C++ blocks and kernels their conditions (B, h, w, rank);
+        "code_rows" (B, sum of 4C), the code's share of the modulation."""
         found = {"y_eps": y_eps, "intro": self.maps["intro"](y_d if self.config.condition == "degraded" else y_eps)}
         if code is not None and self.code_mlp is not None:
             found["code_rows"] = F.linear(self.code_mlp(code), self.projection)
@@ -218,7 +218,8 @@ class Plan:
         """What left the step, with bytes; those of a picture for the given conditions (else 0)."""
         given = conditions or {}
         step, prepare = self.step_module, self.prepare_module
-        matrices = [b for name, b in step.unet.named_buffers() if name.endswith((".matrix", ".adapter"))]
+        names = (".matrix", ".adapter", ".adapter_matrix")
+        matrices = [b for name, b in step.unet.named_buffers() if name.endswith(names)]
         maps = [value for key, value in given.items() if key.startswith("adapter.")]
         return [
             Hoisted(
@@ -229,7 +230,7 @@ class Plan:
             Hoisted("beta, gamma, PixelShuffle's order, LN's affine and batch norms, in the weights", "model", 0),
             Hoisted("semantic code to its share of the modulation rows", "picture", _bytes(given.get("code_rows"))),
             Hoisted("the condition's half of the intro convolution", "picture", _bytes(given.get("intro"))),
-            Hoisted(f"bias maps of {len(prepare.levels)} adapters", "picture", _bytes(*maps)),
+            Hoisted(f"what the picture adds to {len(prepare.levels)} adapters", "picture", _bytes(*maps)),
         ]
 
 

@@ -54,10 +54,10 @@ class MergedAdapter:
         kernel = torch.einsum("oi,ichw->ochw", self.m_out, self.conv)
         return kernel, self.m_out @ self.inside + self.bias + self.matrix @ b5
 
-    def condition(self, b5: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the convolution from y_eps to what is added to W_in (y + W5 g): its rC channels, and zeros
-        to fill them up to `rank`."""
-        weight, bias = self.conv, self.inside + self.m_in @ b5
+    def condition(self, missing: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution from y_eps to what is added inside of the adapter, where W_in multiplies
+        the block's output without `missing` (C,): its rC channels, and zeros to fill them up to `rank`."""
+        weight, bias = self.conv, self.inside + self.m_in @ missing
         return F.pad(weight, (0,) * 7 + (rank - len(weight),)), F.pad(bias, (0, rank - len(bias)))
 
 
@@ -118,35 +118,44 @@ class FoldedBlock(nn.Module):
 
 
 class KernelBlock(nn.Module):
-    """The same block through `dtpm_fast.kernels.denoising_block`, for GPUs. Channel attention takes its own mean.
+    """The same block through `dtpm_fast.kernels.denoising_block`, for GPUs. Channel attention takes its own mean. With
+    an adapter gamma is folded into conv5, and the adapter's last bias is added there, before the adapter.
 
     The kernels are imported here and not above: they need Triton, which takes a second and is not on every platform.
     """
 
     def __init__(self, block: Block, adapter: MergedAdapter | None, dtype: torch.dtype) -> None:
-        from dtpm_fast.kernels import BlockWeights, block_weights, denoising_block
+        from dtpm_fast.kernels import Adapter, BlockWeights, MergedConv5, block_weights, denoising_block, merge_conv5
 
         super().__init__()
-        self.matrix: Tensor | None
-        self.call, self.weights = denoising_block, BlockWeights
-        gamma, b5 = _double(block.gamma), _double(block.conv5.bias)
-        self.residual_bias = gamma.flatten() * b5
+        self.call, self.weights, self.adapter, self.merged = denoising_block, BlockWeights, Adapter, MergedConv5
         parameters = block_weights(block)
+        self.rank = 0
         if adapter is not None:
-            parameters = parameters._replace(conv5_bias=torch.zeros_like(b5))  # M b5 is a part of the bias map
+            w5, b5, gamma = _double(block.conv5.weight), _double(block.conv5.bias), _double(block.gamma)
+            w5, b5 = gamma.view(-1, 1, 1, 1) * w5, gamma.flatten() * b5 + adapter.bias
+            parameters = parameters._replace(conv5_weight=w5, conv5_bias=b5, gamma=torch.ones_like(gamma))
+            self.rank = len(adapter.m_in)
+            self.residual_bias = -adapter.bias  # float64: the condition takes back what W_in sees of it
+            merged = merge_conv5(w5, b5, parameters.gamma, adapter.m_in, adapter.m_out)
+            for name, value in {"m_in": adapter.m_in, "m_out": adapter.m_out, **merged._asdict()}.items():
+                self.register_buffer(f"adapter_{name}", value.to(dtype).contiguous())
         for name, value in zip(BlockWeights._fields, parameters, strict=True):
             self.register_buffer(name, value.detach().to(dtype).contiguous())
-        self.register_buffer("matrix", None if adapter is None else adapter.matrix.to(dtype).contiguous())
 
     def forward(
-        self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], bias_map: Tensor | None, number: int, mean: Mean
+        self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], condition: Tensor | None, number: int, mean: Mean
     ) -> Tensor:
-        """rows: shift1, scale1, shift2, scale2, as `KernelUNet.rows_of` made them."""
+        """rows: shift1, scale1, shift2, scale2, as `KernelUNet.rows_of` made them; condition: (B, h, w, rC)."""
         if mean is not own_mean:
             raise ValueError("the fused kernels take channel attention's mean over the map that they are given")
         shift1, scale1, shift2, scale2 = (row.expand(x.shape[0], -1) for row in rows)
         weights = self.weights(*(getattr(self, name) for name in self.weights._fields))
-        adapter = None if bias_map is None or self.matrix is None else (self.matrix, bias_map.permute(0, 3, 1, 2))
+        adapter = None
+        if condition is not None:
+            names = ("m_in", "m_out", *self.merged._fields)
+            m_in, m_out, *merged = (getattr(self, f"adapter_{name}") for name in names)
+            adapter = self.adapter(m_in, m_out, condition.permute(0, 3, 1, 2), self.merged(*merged))
         h = self.call(x.permute(0, 3, 1, 2), shift1, scale1, shift2, scale2, weights, adapter)
         return h.permute(0, 2, 3, 1).contiguous()
 

@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from dtpm_fast.kernels import BlockWeights, adaln, block_weights, denoising_block, simple_gate
+from dtpm_fast.kernels import Adapter, BlockWeights, adaln, block_weights, denoising_block, merge_conv5, simple_gate
 from dtpm_fast.kernels.block import _block, _block_backward, _block_train, denoising_block_ref
 from dtpm_fast.kernels.block_compute import Modulation, _conv1x1_weight, adaln_conv1x1, dwconv_gate_pool
 from dtpm_fast.kernels.dispatch import WIDE, Table, table, using_table
@@ -38,8 +38,15 @@ def random_inputs(
     return [x, *rows.chunk(4, dim=1), *weights]
 
 
+def random_adapter(samples: int, channels: int, rank: int, height: int, width: int) -> list[Tensor]:
+    """M_in, M_out and the condition."""
+    m_in, m_out = torch.randn(rank, channels) / channels**0.5, torch.randn(channels, rank) / rank**0.5
+    return [m_in, m_out, torch.randn(samples, rank, height, width)]
+
+
 def call(function: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
-    return function(*inputs[:5], BlockWeights(*inputs[5:19]), tuple(inputs[19:]) or None, EPS)
+    adapter = Adapter(*inputs[19:]) if inputs[19:] else None
+    return function(*inputs[:5], BlockWeights(*inputs[5:19]), adapter, EPS)
 
 
 def run(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, kind: torch.dtype) -> list[Tensor]:
@@ -130,15 +137,19 @@ def test_triton_with_frozen_weights_by_the_rule(
     assert_as_exact_as_eager(draw, NAMES[:6])
 
 
-@pytest.mark.parametrize("channels", [16, 48])
+@pytest.mark.parametrize(("channels", "rank"), [(16, 4), (48, 12), (32, 20)])
 def test_triton_with_an_adapter(
-    device: str, dtype: torch.dtype, channels: int, assert_as_exact_as_eager: Callable[..., None]
+    device: str,
+    dtype: torch.dtype,
+    kernels: str,
+    channels: int,
+    rank: int,
+    assert_as_exact_as_eager: Callable[..., None],
 ) -> None:
     def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         inputs = random_inputs(2, channels, 5, 3, 0.0, device, dtype)
-        inputs[0] = inputs[0].contiguous()  # NCHW, as the bias map
-        matrix = (torch.eye(channels) + torch.randn(channels, channels) / channels).to(device, dtype)
-        inputs += [matrix, torch.randn(2, channels, 5, 3).to(device, dtype)]
+        inputs[0] = inputs[0].contiguous()  # NCHW, as the condition
+        inputs += [tensor.to(device, dtype) for tensor in random_adapter(2, channels, rank, 5, 3)]
         grad = torch.randn(2, channels, 5, 3).to(device, dtype)
         results = []
         for function, kind in (
@@ -148,10 +159,27 @@ def test_triton_with_an_adapter(
         ):
             with torch.no_grad():
                 inference = call(function, [tensor.to(kind) for tensor in inputs])
-            results.append([inference, *run(function, inputs, grad, kind)[-2:]])
+            results.append([inference, *run(function, inputs, grad, kind)[-3:]])
         return results[0], results[1], results[2]
 
-    assert_as_exact_as_eager(draw, ["out", "matrix", "bias map"])
+    assert_as_exact_as_eager(draw, ["out", "m_in", "m_out", "condition"])
+
+
+def test_triton_takes_the_merged_conv5_that_it_is_given(device: str) -> None:
+    """Of many channels; as exact as one made in the call, and in use: another gives another result."""
+    inputs = random_inputs(2, 24, 5, 3, 0.0, device, torch.float16)
+    m_in, m_out, condition = (tensor.to(device, torch.float16) for tensor in random_adapter(2, 24, 6, 5, 3))
+    tile = {"BLOCK_P": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+    entries = {"wide_conv1x1_adapter": [{"channels": 1024, "bits": 16, "options": tile}], "attention_ffn_forward": []}
+    weights = BlockWeights(*inputs[5:])
+    merged = merge_conv5(weights.conv5_weight, weights.conv5_bias, weights.gamma, m_in, m_out)
+    with using_table(table() | entries), torch.no_grad():
+        made, given, other = (
+            denoising_block(*inputs[:5], weights, Adapter(m_in, m_out, condition, merge), EPS)
+            for merge in (None, merged, merged._replace(bias=merged.bias + 1))
+        )
+    assert torch.equal(given, made)
+    torch.testing.assert_close(other, given + 1, rtol=1e-2, atol=1e-2)
 
 
 def test_triton_compiles_without_a_graph_break(device: str) -> None:
@@ -169,13 +197,14 @@ def test_triton_compiles_without_a_graph_break(device: str) -> None:
 
 def test_triton_under_activation_checkpointing_and_autocast(device: str) -> None:
     inputs = [tensor.to(device).requires_grad_() for tensor in random_inputs(1, 16, 5, 3)]
-    matrix, bias_map = torch.randn(16, 16, device=device), torch.randn(1, 16, 5, 3, device=device)
+    m_in, m_out, condition = (tensor.to(device) for tensor in random_adapter(1, 16, 4, 5, 3))
     with torch.autocast(device, torch.float16):
         out = checkpoint(lambda *tensors: call(denoising_block, list(tensors)), *inputs, use_reentrant=False)
         expected = call(denoising_block, inputs)
-        adapted = call(denoising_block, [*inputs, matrix, bias_map])
+        adapted = call(denoising_block, [*inputs, m_in, m_out, condition])
     assert out.dtype == adapted.dtype == torch.float16
-    wanted_map = F.conv2d(expected, matrix.half()[:, :, None, None]) + bias_map.half()
+    inside = F.conv2d(expected, m_in.half()[:, :, None, None]) + condition.half()
+    wanted_map = expected + F.conv2d(inside, m_out.half()[:, :, None, None])
     torch.testing.assert_close(adapted, wanted_map, rtol=1e-2, atol=1e-1)
     grads, wanted = (torch.autograd.grad(result.float().sum(), inputs) for result in (out, expected))
     assert all(grad.dtype == torch.float32 for grad in grads)
@@ -185,10 +214,10 @@ def test_triton_under_activation_checkpointing_and_autocast(device: str) -> None
 def test_triton_gives_each_argument_alone_its_gradient(device: str) -> None:
     """What else requires one decides neither whether there is a gradient nor what it is."""
     inputs = [tensor.to(device) for tensor in random_inputs(1, 16, 4, 3)]
-    inputs += [torch.randn(16, 16, device=device), torch.randn(1, 16, 4, 3, device=device)]
+    inputs += [tensor.to(device) for tensor in random_adapter(1, 16, 4, 4, 3)]
     grad = torch.randn(1, 16, 4, 3, device=device)
     out, *together = run(denoising_block, inputs, grad, torch.float32)
-    for place in (0, 2, 7, 18, 19, 20):  # x, scale1, conv2's weight, gamma, the adapter's two
+    for place in (0, 2, 7, 18, 19, 20, 21):  # x, scale1, conv2's weight, gamma, the adapter's three
         alone = [tensor.detach().requires_grad_(i == place) for i, tensor in enumerate(inputs)]
         found = call(denoising_block, alone)
         torch.testing.assert_close(found, out, rtol=1e-3, atol=1e-3)
@@ -294,9 +323,17 @@ def test_oracle_is_the_equations() -> None:
     h = conv(norm(y, shift2, scale2), w.conv4_weight, w.conv4_bias)
     z = y + w.gamma * conv(h[:, :6] * h[:, 6:], w.conv5_weight, w.conv5_bias)
     torch.testing.assert_close(denoising_block(x, shift1, scale1, shift2, scale2, w), z)
-    matrix, bias_map = torch.randn(6, 6).double(), torch.randn(2, 6, 5, 4).double()
-    adapted = denoising_block(x, shift1, scale1, shift2, scale2, w, (matrix, bias_map))
-    torch.testing.assert_close(adapted, torch.einsum("oc,bchw->bohw", matrix, z) + bias_map)
+    m_in, m_out, condition = (tensor.double() for tensor in random_adapter(2, 6, 2, 5, 4))
+    inside = torch.einsum("rc,bchw->brhw", m_in, z) + condition
+    wanted_map = z + torch.einsum("cr,brhw->bchw", m_out, inside)
+    adapted = denoising_block(x, shift1, scale1, shift2, scale2, w, Adapter(m_in, m_out, condition))
+    torch.testing.assert_close(adapted, wanted_map)
+    # and conv5 multiplied out with it
+    weight, bias, matrix = merge_conv5(w.conv5_weight, w.conv5_bias, w.gamma, m_in, m_out)
+    gated = h[:, :6] * h[:, 6:]
+    parts = zip((weight, matrix, m_out), (gated, y, condition), strict=True)
+    products = [torch.einsum("oc,bchw->bohw", factor, value) for factor, value in parts]
+    torch.testing.assert_close(y + bias[:, None, None] + sum(products), wanted_map)
 
 
 def test_written_out_gradients_are_the_oracles() -> None:
@@ -316,7 +353,8 @@ def test_written_out_gradients_are_the_oracles() -> None:
 def test_opcheck() -> None:
     inputs = random_inputs(2, 4, 3, 5)
     x, modulation, weights = inputs[0], inputs[1:5], inputs[5:]
-    torch.library.opcheck(_block, (x, modulation, weights, torch.randn(4, 4), torch.randn(x.shape), 1e-6))
+    for adapter in ([], random_adapter(2, 4, 2, 3, 5)):
+        torch.library.opcheck(_block, (x, modulation, weights, adapter, 1e-6))
     _, y, g, mean = _block_train(x, modulation, weights, 1e-6)
     for frozen in (False, True):
         torch.library.opcheck(_block_backward, (torch.randn(x.shape), x, y, g, mean, modulation, weights, 1e-6, frozen))
@@ -330,10 +368,11 @@ def test_opcheck() -> None:
 def test_what_the_kernels_return_is_what_was_registered() -> None:
     inputs = random_inputs(2, 16, 3, 5, 0.0, "cuda", torch.bfloat16)
     x, modulation, weights = inputs[0], inputs[1:5], inputs[5:]
-    matrix, bias_map = torch.randn(16, 16).cuda().bfloat16(), torch.randn_like(x)
+    adapter = [tensor.cuda().bfloat16() for tensor in random_adapter(2, 16, 4, 3, 5)]
+    adapter[2] = adapter[2].to(memory_format=torch.channels_last)
     _, y, g, mean = _block_train(x, modulation, weights, 1e-6)
     for operation, given in (
-        (_block, (x, modulation, weights, matrix, bias_map, 1e-6)),
+        (_block, (x, modulation, weights, adapter, 1e-6)),
         (_block_train, (x, modulation, weights, 1e-6)),
         *((_block_backward, (x * 2, x, y, g, mean, modulation, weights, 1e-6, frozen)) for frozen in (False, True)),
     ):
@@ -364,7 +403,7 @@ def test_errors_name_the_argument() -> None:
     inputs = random_inputs(2, 4, 6, 5)
     weights = BlockWeights(*inputs[5:])
 
-    def block(**changes: Tensor | BlockWeights | tuple[Tensor, Tensor]) -> Tensor:
+    def block(**changes: Tensor | BlockWeights | Adapter) -> Tensor:
         arguments = dict(zip(["x", "shift1", "scale1", "shift2", "scale2"], inputs, strict=False)) | {
             "weights": weights
         }
@@ -382,7 +421,19 @@ def test_errors_name_the_argument() -> None:
         block(weights=weights._replace(beta=weights.beta.flatten()))
     with pytest.raises(ValueError, match="gamma is on meta"):
         block(weights=weights._replace(gamma=weights.gamma.to("meta")))
-    with pytest.raises(ValueError, match=r"adapter\[1\] must have x's shape"):
-        block(adapter=(torch.randn(4, 4), torch.randn(1, 4, 6, 5)))
+    adapter = Adapter(*random_adapter(2, 4, 2, 6, 5))
+    merged = merge_conv5(weights.conv5_weight, weights.conv5_bias, weights.gamma, *adapter[:2])
+    for wrong, message in (
+        (adapter._replace(m_in=torch.randn(2, 8)), r"adapter\.m_in must have shape \(2, 4\)"),
+        (adapter._replace(m_out=torch.randn(4, 3)), r"adapter\.m_out must have shape \(4, 2\)"),
+        (adapter._replace(condition=torch.randn(1, 2, 6, 5)), r"adapter\.condition must be \(2, 2, 6, 5\)"),
+        (adapter._replace(condition=torch.randn(2, 2, 6, 5).half()), r"adapter\.condition must be"),
+        (
+            adapter._replace(merged=merged._replace(bias=torch.randn(3))),
+            r"adapter\.merged\.bias must have shape \(4,\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            block(adapter=wrong)
     with pytest.raises(ValueError, match=r"no parameter conv1\.weight"):
         block_weights(nn.Linear(2, 2))

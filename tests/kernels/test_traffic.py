@@ -25,6 +25,8 @@ def test_the_fused_block_moves_a_fraction() -> None:
     counted = eager(64, 64, 2)
     assert total(FORWARD) == 9
     assert total(FORWARD) < counted.forward / 4
+    # z read and its rank of a quarter written, the condition added, back to z's channels, and z added
+    assert counted.adapter == pytest.approx(1.25 + 0.75 + 1.25 + 3, rel=0.01)
     assert total(TRAINING_FORWARD) + total(BACKWARD) < (counted.forward + counted.backward) / 4
 
 

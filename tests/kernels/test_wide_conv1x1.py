@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtpm_fast.kernels.block_compute import wide
+from dtpm_fast.kernels import Adapter
+from dtpm_fast.kernels.adapter import adapter_ref
+from dtpm_fast.kernels.block_compute import conv5_adapter, wide
 from dtpm_fast.kernels.dispatch import WIDE, Table, options_of, table, using_table
 from dtpm_fast.kernels.wide_conv1x1_triton import launch
 
-# Of the block's products, what stands before and behind each; the last is the adapter's, without a bias.
+# Of the block's products, what stands before and behind each.
 USES = {
-    "conv1": {"adaln", "bias", "doubled"},
-    "conv3": {"attention", "bias", "residual", "factor"},
-    "conv4": {"adaln", "bias", "gate", "doubled"},
-    "conv5": {"bias", "residual", "factor"},
-    "adapter": {"residual"},
+    "conv1": {"adaln", "doubled"},
+    "conv3": {"attention", "residual", "factor"},
+    "conv4": {"adaln", "gate", "doubled"},
+    "conv5": {"residual", "factor"},
 }
 
 
@@ -32,7 +33,7 @@ def random_inputs(use: str, samples: int, channels: int, height: int, width: int
     return {
         "x": some_map(channels) + offset,
         "weight": torch.randn(outputs, channels, 1, 1) / channels**0.5,
-        "bias": torch.randn(outputs) if "bias" in has else None,
+        "bias": torch.randn(outputs),
         "shift": shift if "adaln" in has else None,
         "scale": scale if "adaln" in has else None,
         "attention": torch.randn(samples, channels) if "attention" in has else None,
@@ -140,6 +141,52 @@ def test_triton_with_the_table_in_use(
         inputs = cast(random_inputs(use, *shape, 1.0), device, dtype)
         ours = call(use, inputs, kernel)
         return [ours], [eager(use, inputs)], [eager(use, cast(inputs, device, torch.float64))]
+
+    assert_as_exact_as_eager(draw, ["out"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "options"),
+    [
+        ((2, 144, 3, 7), 36, TILES),
+        ((3, 64, 5, 5), 16, TILES | {"BLOCK_P": 32, "BLOCK_N": 64}),
+        ((1, 17, 1, 1), 1, TILES),
+        ((2, 160, 9, 31), 40, None),  # the table in use
+    ],
+)
+def test_triton_with_the_adapter_by_the_rule(
+    device: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    rank: int,
+    options: dict[str, int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_as_exact_as_eager: Callable[..., None],
+) -> None:
+    kernel, (samples, channels, height, width) = "wide_conv1x1_adapter", shape
+    if options is None and options_of(kernel, channels, dtype) is None:
+        pytest.skip(f"the table leaves {kernel} of {channels} channels in {dtype} to cuBLAS")
+    monkeypatch.setattr("dtpm_fast.kernels.wide_conv1x1_triton.FEWEST_PROGRAMS", 1)
+    entry = {} if options is None else {kernel: [{"channels": 4096, "bits": b, "options": options} for b in (16, 32)]}
+
+    def definition(inputs: dict[str, Any], adapter: Adapter) -> Tensor:
+        return adapter_ref(eager("conv5", inputs), adapter)
+
+    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        inputs = cast(random_inputs("conv5", *shape, 1.0), device, dtype)
+        m_in, m_out = torch.randn(rank, channels) / channels**0.5, torch.randn(channels, rank) / rank**0.5
+        condition = torch.randn(samples, rank, height, width).to(memory_format=torch.channels_last)
+        adapter = Adapter(*(tensor.to(device, dtype) for tensor in (m_in, m_out, condition)))
+        conv5 = inputs["weight"], inputs["bias"]
+        with using_table(table() | entry):
+            ours = conv5_adapter(inputs["x"], inputs["residual"], conv5, inputs["factor"], adapter)
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        exact = Adapter(*(tensor.double() for tensor in adapter[:3]))
+        return (
+            [ours],
+            [definition(inputs, adapter)],
+            [definition(cast(inputs, device, torch.float64), exact)],
+        )
 
     assert_as_exact_as_eager(draw, ["out"])
 

@@ -137,8 +137,8 @@ def test_what_was_hoisted_can_be_read(random_model: Callable[..., tuple]) -> Non
     assert held["the condition's half of the intro convolution"].bytes == 16 * 16 * 24 * 4
     squares = sum(c * c for c in model.denoiser.positions().values())
     assert held["adapters merged, M = I + W_out W_in"].bytes == 4 * squares
-    assert held["bias maps of 7 adapters"].once_per == "picture"
-    assert held["bias maps of 7 adapters"].bytes > 0
+    assert held["what the picture adds to 7 adapters"].once_per == "picture"
+    assert held["what the picture adds to 7 adapters"].bytes > 0
 
 
 def test_the_step_leaves_what_it_was_given_alone(random_model: Callable[..., tuple]) -> None:
