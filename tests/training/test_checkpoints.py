@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import time
 
 import pytest
@@ -102,6 +103,38 @@ def test_an_interrupted_update_is_finished_before_it_is_saved(photos, tmp_path, 
     assert main(arguments(photos, tmp_path / "run", settings, "--resume")) == 0
     whole, resumed = (load_file(tmp_path / run / "weights.safetensors") for run in ("whole", "run"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("first", ["worker", "run"])
+def test_a_signal_to_a_whole_group_ends_the_loaders_workers_too(photos, tmp_path, tiny, capsys, monkeypatch, first):
+    """As systemd, SLURM and pkill send it: the dead worker is an error neither in an update nor while it is saved."""
+    update, save = EMA.update, torch.save
+
+    def end_workers():
+        for worker in multiprocessing.active_children():
+            subprocess.run(["kill", str(worker.pid)], check=True)  # a parent's own signal would be no fault to it
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie, for the loader to find
+
+    def stopped(self, step):
+        if step == 2:
+            if first == "worker":
+                end_workers()
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(self, step)
+
+    def saved(*given):
+        if first == "run":
+            end_workers()
+        save(*given)
+
+    monkeypatch.setattr(EMA, "update", stopped)
+    monkeypatch.setattr(torch, "save", saved)
+    run = tmp_path / "run"
+    assert main(arguments(photos, run, [*tiny, "steps=40", "validation_images=0", "workers=1"])) == 1
+    assert "stopped at iteration 2; the state is saved" in capsys.readouterr().err
+    assert [path.name for path in list_states(run)] == ["step-00000002.pt"]
+    assert callable(signal.getsignal(signal.SIGCHLD))  # the loader's own handler is in its place again
 
 
 def test_weights_without_a_checkpoint_are_not_trained_over(photos, tmp_path, tiny, capsys):
