@@ -6,11 +6,12 @@
     pytest benchmarks/bench_kernels.py --benchmark-only                    the fused forms alone, as pytest rows
 
 Operations at the presets' shapes (256² at 64 channels, halved with every doubling): forward, backward and both, with
-gradients for all inputs; the block's forward as the sampler runs it (inference), and its backward with frozen weights,
-as stage II runs it (frozen_block). Forms: the kernels, eager PyTorch
-in NCHW and in channels_last, torch.compile by default and with max-autotune. Each row holds, for every form, 20/50/80
-quantiles of the GPU's milliseconds, the ratio to the fused form, the host's milliseconds to launch it, the peak memory,
-the time to compile; and the predicted bytes with their share of the copy bandwidth measured in the same run.
+gradients for all inputs; the block's forward as the sampler runs it (inference), alone and with an adapter behind it
+(adapted_block), and its backward with frozen weights, as stage II runs it (frozen_block). Forms: the kernels, eager
+PyTorch in NCHW and in channels_last, torch.compile by default and with max-autotune. Each row holds, for every form,
+20/50/80 quantiles of the GPU's milliseconds, the ratio to the fused form, the host's milliseconds to launch it, the
+peak memory, the time to compile; and the predicted bytes with their share of the copy bandwidth measured in the same
+run.
 
 Rounds are interleaved, each with a cold L2 cache. The GPU waits until the host has launched all of a step: its time is
 the kernels' own, as in a captured graph; where the host's time is the larger, a program without graphs sees that.
@@ -46,16 +47,19 @@ from dtpm_fast.errors import UserError
 from dtpm_fast.exit_code import run as run_command
 from dtpm_fast.kernels import BlockWeights, adaln, channel_attention, denoising_block, simple_gate
 from dtpm_fast.kernels.adaln import adaln_ref
+from dtpm_fast.kernels.adapter import adapter_of, tensors_of
 from dtpm_fast.kernels.block import denoising_block_ref
 from dtpm_fast.kernels.channel_attention import channel_attention_ref
 from dtpm_fast.kernels.dispatch import TABLE
 from dtpm_fast.kernels.simple_gate import simple_gate_ref
 from dtpm_fast.kernels.traffic import (
+    ADAPTER,
     BACKWARD,
     FORWARD,
     TRAINING_FORWARD,
     WIDE_BACKWARD,
     WIDE_FORWARD,
+    adapter_inputs,
     block_inputs,
     total,
 )
@@ -68,11 +72,12 @@ Row = dict[str, Any]
 
 
 def block_ref(*inputs: Tensor) -> Tensor:
-    return denoising_block_ref(*inputs[:5], BlockWeights(*inputs[5:]))
+    """The last six, where there are so many, are an adapter's."""
+    return denoising_block_ref(*inputs[:5], BlockWeights(*inputs[5:19]), adapter_of([*inputs[19:]]))
 
 
 def block(*inputs: Tensor) -> Tensor:
-    return denoising_block(*inputs[:5], BlockWeights(*inputs[5:]))
+    return denoising_block(*inputs[:5], BlockWeights(*inputs[5:19]), adapter_of([*inputs[19:]]))
 
 
 class Operation(NamedTuple):
@@ -82,11 +87,11 @@ class Operation(NamedTuple):
     reference: Callable[..., Tensor]
     fused: Callable[..., Tensor]
     places: list[int]
-    moved: dict[str, int]
+    moved: dict[str, float]
     trained: int | None = None  # all
 
 
-def _both(forward: int, backward: int, **more: int) -> dict[str, int]:
+def _both(forward: float, backward: float, **more: float) -> dict[str, float]:
     return more | {"both": forward + backward, "forward": forward, "backward": backward}
 
 
@@ -94,6 +99,7 @@ OPERATIONS = {
     "block": Operation(
         block_ref, block, [*range(19)], _both(total(TRAINING_FORWARD), total(BACKWARD), inference=total(FORWARD))
     ),
+    "adapted_block": Operation(block_ref, block, [*range(19)], {"inference": total(FORWARD) + sum(ADAPTER)}),
     "frozen_block": Operation(block_ref, block, [*range(19)], {"backward": total(BACKWARD)}, trained=5),
     "adaln": Operation(adaln_ref, adaln, [0, 1, 2], _both(2, 3)),
     "simple_gate": Operation(simple_gate_ref, simple_gate, [0], _both(3, 5)),
@@ -209,11 +215,13 @@ def measure(
     return row
 
 
-def _moved(operation: str, direction: str, channels: int) -> int:
+def _moved(operation: str, direction: str, channels: int) -> float:
     """Maps that ours moves, by count. A block of 128 channels, whose backward is fused in part, counts as fused."""
     if "block" not in operation or channels <= 128:
         return OPERATIONS[operation].moved[direction]
     forward, backward = total(WIDE_FORWARD), total(WIDE_BACKWARD)
+    if operation == "adapted_block":
+        return forward + sum(ADAPTER)
     return {"forward": forward, "inference": forward, "backward": backward, "both": forward + backward}[direction]
 
 
@@ -224,6 +232,8 @@ def step_of(
     of = OPERATIONS[operation]
     inputs = block_inputs(*shape, dtype, device)
     inputs = [inputs[place] for place in of.places]
+    if operation == "adapted_block":
+        inputs += tensors_of(adapter_inputs(inputs[0]))
     if operation == "simple_gate":  # it halves its input
         inputs = [torch.cat((inputs[0], inputs[0]), 1)]
     if form == "eager":
