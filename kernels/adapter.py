@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtpm_fast.kernels.checks import check_map, check_parameter
+from dtpm_fast.kernels.checks import check_map, check_parameter, check_tensor
 
 
 class MergedConv5(NamedTuple):
@@ -45,8 +45,12 @@ def merge_conv5(weight: Tensor, bias: Tensor, gamma: Tensor, m_in: Tensor, m_out
 
 
 def tensors_of(adapter: Adapter | None) -> list[Tensor]:
-    """As an operator takes them: none, three, or six with the merged."""
-    return [] if adapter is None else [*adapter[:3], *(adapter.merged or ())]
+    """As an operator takes them: none, three, or six with the merged. Raises: `TypeError` for another tuple."""
+    if adapter is None:
+        return []
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"adapter must be an Adapter(m_in, m_out, condition), not {type(adapter).__name__}")
+    return [*adapter[:3], *(adapter.merged or ())]
 
 
 def adapter_of(tensors: list[Tensor]) -> Adapter | None:
@@ -59,7 +63,8 @@ def adapter_of(tensors: list[Tensor]) -> Adapter | None:
 
 def check_adapter(adapter: Adapter, x: Tensor) -> None:
     """Raises: `ValueError` for a wrong shape, stride or device, `TypeError` for a wrong dtype, naming the field."""
-    c, r = x.shape[1], adapter.m_in.shape[0]
+    check_tensor("adapter.m_in", adapter.m_in)
+    c, r = x.shape[1], adapter.m_in.numel() // x.shape[1]
     check_parameter("adapter.m_in", adapter.m_in, (r, c), x)
     check_parameter("adapter.m_out", adapter.m_out, (c, r), x)
     condition = adapter.condition

@@ -424,7 +424,8 @@ def test_errors_name_the_argument() -> None:
     adapter = Adapter(*random_adapter(2, 4, 2, 6, 5))
     merged = merge_conv5(weights.conv5_weight, weights.conv5_bias, weights.gamma, *adapter[:2])
     for wrong, message in (
-        (adapter._replace(m_in=torch.randn(2, 8)), r"adapter\.m_in must have shape \(2, 4\)"),
+        (adapter._replace(m_in=torch.randn(2, 8)), r"adapter\.m_in must have shape \(4, 4\)"),
+        (adapter._replace(m_in=torch.tensor(1.0)), r"adapter\.m_in must have shape \(0, 4\)"),
         (adapter._replace(m_out=torch.randn(4, 3)), r"adapter\.m_out must have shape \(4, 2\)"),
         (adapter._replace(condition=torch.randn(1, 2, 6, 5)), r"adapter\.condition must be \(2, 2, 6, 5\)"),
         (adapter._replace(condition=torch.randn(2, 2, 6, 5).half()), r"adapter\.condition must be"),
@@ -434,6 +435,15 @@ def test_errors_name_the_argument() -> None:
         ),
     ):
         with pytest.raises(ValueError, match=message):
+            block(adapter=wrong)
+    for wrong, message in (
+        (
+            (torch.randn(4, 4), torch.randn(2, 4, 6, 5)),
+            r"adapter must be an Adapter\(.*, not tuple",
+        ),
+        (adapter._replace(m_in=[[1.0]]), r"adapter\.m_in must be a tensor, not list"),
+    ):
+        with pytest.raises(TypeError, match=message):
             block(adapter=wrong)
     with pytest.raises(ValueError, match=r"no parameter conv1\.weight"):
         block_weights(nn.Linear(2, 2))
