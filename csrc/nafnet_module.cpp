@@ -1,9 +1,11 @@
-// dtpm_fast._nafnet: the U-Net's parts over numpy arrays, float32 (or pairs of bfloat16) and contiguous.
+// dtpm_fast._nafnet: the U-Net's parts over numpy arrays, contiguous and float32 (weights also pairs of bfloat16), but for
+// maps of products' inputs, which hold the bits of bfloat16 numbers as int16 where the instruction set multiplies those.
 // dtpm_fast/runtime/cpu_unet.py packs the weights and strings the parts together.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -32,8 +34,25 @@ float* sized(Array& array, long size, const char* what) {
     return array.mutable_data();
 }
 
+// A map of products' inputs.
+const void* inputs(const py::array& array, Isa isa, long size, const char* what) {
+    if (!(in_bfloat16(isa) ? py::isinstance<py::array_t<std::int16_t, py::array::c_style>>(array)
+                           : py::isinstance<Array>(array)))
+        throw py::type_error(std::string(what) + ": expected a contiguous array of " +
+                             (in_bfloat16(isa) ? "int16, the bits of bfloat16 numbers" : "float32"));
+    if (array.size() != size)
+        throw std::invalid_argument(std::string(what) + ": expected " + std::to_string(size) + " values, got " +
+                                    std::to_string(array.size()));
+    return array.data();
+}
+
+void* inputs(py::array& array, Isa isa, long size, const char* what) {
+    inputs(static_cast<const py::array&>(array), isa, size, what);
+    return array.mutable_data();
+}
+
 // The shape of a map [samples, height, width, channels] whose channels fill vectors.
-nafnet::Shape shape_of(const Array& map, Isa isa) {
+nafnet::Shape shape_of(const py::array& map, Isa isa) {
     if (map.ndim() != 4 || map.size() == 0) throw std::invalid_argument("a map has 4 dimensions and is not empty");
     if (map.shape(3) % nafnet::lanes(isa))
         throw std::invalid_argument("channels: " + std::to_string(map.shape(3)) + " is no multiple of " +
@@ -55,7 +74,7 @@ Isa set_named(const std::string& name) {
 int checked(int threads) { return threads > 0 ? threads : throw std::invalid_argument("threads: must be positive"); }
 
 void first_pass(const Array& x, const Array& scale, const Array& shift, const Array& conv1, const Array& conv1_bias,
-                const Array& depthwise, const Array& depthwise_bias, Array gated, Array average, int threads,
+                const Array& depthwise, const Array& depthwise_bias, py::array gated, Array average, int threads,
                 const std::string& name) {
     const Isa isa = set_named(name);
     const nafnet::Shape s = shape_of(x, isa);
@@ -65,16 +84,16 @@ void first_pass(const Array& x, const Array& scale, const Array& shift, const Ar
     const float* b1 = sized(conv1_bias, 2 * c, "conv1_bias");
     const float* w2 = sized(depthwise, 18 * c, "depthwise");
     const float* b2 = sized(depthwise_bias, 2 * c, "depthwise_bias");
-    float* out = sized(gated, pixels * c, "gated");
+    void* out = inputs(gated, isa, pixels * c, "gated");
     float* means = sized(average, s.samples * c, "average");
     const py::gil_scoped_release unlocked;
     nafnet::first_pass(isa, s, x.data(), scales, shifts, w1, b1, w2, b2, out, means, checked(threads));
 }
 
-void second_pass(Array x, const Array& gated, const Array& average, const Array& attention, const Array& attention_bias,
+void second_pass(Array x, const py::array& gated, const Array& average, const Array& attention, const Array& attention_bias,
                  const Array& conv3, const Array& conv3_bias, const Array& scale, const Array& shift,
                  const Array& conv4, const Array& conv4_bias, const Array& conv5,
-                 const Array& conv5_bias, const std::optional<Array>& condition, const std::optional<Array>& adapter,
+                 const Array& conv5_bias, const std::optional<py::array>& condition, const std::optional<Array>& adapter,
                  int threads, const std::string& name) {
     const Isa isa = set_named(name);
     const nafnet::Shape s = shape_of(x, isa);
@@ -82,11 +101,11 @@ void second_pass(Array x, const Array& gated, const Array& average, const Array&
     const long rows = nafnet::packed(isa, c), rank = condition ? long(condition->size()) / (size / c) : 0;
     if (rank % ((adapter ? 2 : 1) * nafnet::lanes(isa)) || (adapter && !condition))
         throw std::invalid_argument("condition: its channels must fill vectors, with an adapter panels of two");
-    const float* map = condition ? sized(*condition, size / c * rank, "condition") : nullptr;
+    const void* map = condition ? inputs(*condition, isa, size / c * rank, "condition") : nullptr;
     const float* w_in = adapter ? sized(*adapter, rank * rows, "adapter") : nullptr;
     const float* b5 = sized(conv5_bias, c, "conv5_bias");
     const nafnet::Rows scales = rows_of(scale, s, "scale"), shifts = rows_of(shift, s, "shift");
-    const float* from = sized(gated, size, "gated");
+    const void* from = inputs(gated, isa, size, "gated");
     const float* means = sized(average, s.samples * c, "average");
     const float* w = sized(attention, c * c, "attention");
     const float* b = sized(attention_bias, c, "attention_bias");
@@ -122,7 +141,7 @@ void up(const Array& x, const Array& weight, Array skip, int threads, const std:
     nafnet::up(isa, s, x.data(), w, to, checked(threads));
 }
 
-void intro(const Array& picture, const Array& weight, const Array& addend, Array out, int threads,
+void intro(const Array& picture, const Array& weight, const Array& addend, py::array out, int threads,
            const std::string& name) {
     const Isa isa = set_named(name);
     const nafnet::Shape s = shape_of(out, isa);
@@ -130,9 +149,10 @@ void intro(const Array& picture, const Array& weight, const Array& addend, Array
     const float* w = sized(weight, 27 * up_to(s.channels, 2 * nafnet::lanes(isa)), "weight");
     const bool bias = addend.size() == s.channels;
     const float* add = bias ? addend.data() : sized(addend, s.samples * s.height * s.width * s.channels, "addend");
-    float* to = out.mutable_data();
+    const bool narrow = !py::isinstance<Array>(out);
+    void* to = inputs(out, narrow ? isa : Isa::portable, long(out.size()), "out");
     const py::gil_scoped_release unlocked;
-    nafnet::intro(isa, s, from, w, add, bias ? 0 : s.channels, to, checked(threads));
+    nafnet::intro(isa, s, from, w, add, bias ? 0 : s.channels, to, narrow, checked(threads));
 }
 
 void ending(const Array& x, const Array& weight, const Array& bias, Array picture, int threads,

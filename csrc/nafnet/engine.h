@@ -4,15 +4,16 @@
 template <class Products>
 class Engine : Products {
     using typename Products::vec, typename Products::Input;
-    using Products::fetch, Products::load, Products::packed, Products::product, Products::put, Products::store;
+    using Products::fetch, Products::get, Products::load, Products::packed, Products::product, Products::put, Products::store;
     static constexpr int V = Products::V, MR = Products::MR;
-    static constexpr long PANEL = 48;  // pixels that go through all products of a block together, a multiple of MR
+    static constexpr long ROWS = Products::ROWS, NUMBERS = Products::NUMBERS;
+    static constexpr long PANEL = 48;  // pixels that go through all products of a block together, a multiple of ROWS
     static constexpr long PAD = 2 * V;  // keeps rows of 4096 bytes out of one cache set
     static constexpr bool FLOAT = std::is_same_v<Input, float>;  // else inputs are rounded where they are made
 
 public:
     static void first_pass(const Shape& s, const float* x, Rows scale, Rows shift, const float* conv1,
-                           const float* conv1_bias, const float* depthwise, const float* depthwise_bias, float* gated,
+                           const float* conv1_bias, const float* depthwise, const float* depthwise_bias, void* gated,
                            float* average, int threads) {
         const long C = s.channels, strip = strip_width(s), strips = (s.width + strip - 1) / strip;
         // Rows of conv1's output that are made together: several where the map is narrow, so that tiles are full.
@@ -47,10 +48,9 @@ public:
                         const long n = std::min(panel_pixels, pixels - first);
                         const float* from[PANEL];
                         float* to[PANEL];
-                        for (long p = 0; p < n; ++p) {
-                            const long y = made + (first + p) / columns, c = left + (first + p) % columns;
-                            from[p] = map + (y * s.width + c) * C;
-                            to[p] = ring + y % slots * row_size + (c - c0 + 1) * pixel;
+                        for (auto [p, at] = std::pair(0L, Position(first, left, right, made)); p < n; ++p, ++at) {
+                            from[p] = map + (at.y * s.width + at.c) * C;
+                            to[p] = ring + at.y % slots * row_size + (at.c - c0 + 1) * pixel;
                         }
                         normalise(from, normal, n, C, scale.of(sample), shift.of(sample));
                         product(normal, C + PAD, n, C, conv1, C / V, [&](long p, long panel, vec a, vec b) {
@@ -69,7 +69,7 @@ public:
                         }
                         const long at = sample * s.height + y;
                         depthwise_row(rows, pixel, C, c1 - c0, depthwise, depthwise_bias,
-                                      gated + (at * s.width + c0) * C, sums + (at * strips + column) * C);
+                                      static_cast<Input*>(gated) + (at * s.width + c0) * C, sums + (at * strips + column) * C);
                     }
                 }
             }
@@ -83,10 +83,10 @@ public:
             }
     }
 
-    static void second_pass(const Shape& s, float* x, const float* gated, const float* average, const float* attention,
+    static void second_pass(const Shape& s, float* x, const void* gated, const float* average, const float* attention,
                             const float* attention_bias, const float* conv3, const float* conv3_bias, Rows scale,
                             Rows shift, const float* conv4, const float* conv4_bias, const float* conv5,
-                            const float* conv5_bias, const float* condition, const float* adapter, long rank,
+                            const float* conv5_bias, const void* condition, const float* adapter, long rank,
                             int threads) {
         const long C = s.channels, pixels = s.height * s.width, panels = (C + 2 * V - 1) / (2 * V);
         const long chunk = chunk_for(pixels, s.samples, threads), chunks = (pixels + chunk - 1) / chunk;
@@ -130,12 +130,13 @@ public:
                 const long stop = std::min(pixels, start + chunk);
                 for (long first = start; first < stop; first += PANEL) {
                     const long n = std::min(PANEL, stop - first), at = (sample * pixels + first) * C;
-                    const auto [input, stride] = inputs_of(gated + at, n, C, copy);
+                    const Input* gates = static_cast<const Input*>(gated) + at;
+                    const auto [input, stride] = inputs_of(gates, n, C, copy);
                     product(input, stride, n, C, attended + sample * size, panels,
                             [&](long p, long panel, vec a, vec b) {
                                 const long c = panel * 2 * V;
                                 const float* before = x + at + p * C + c;
-                                fetch(gated + at + (PANEL + p) * C + c);
+                                fetch(gates + (PANEL + p) * C + c);
                                 // x last: one rounding of x's size.
                                 set_y(p, c, a + load(conv3_bias + c) + load(before));
                                 if (c + V < C) set_y(p, c + V, b + load(conv3_bias + c + V) + load(before + V));
@@ -147,17 +148,17 @@ public:
                         const float* bias = conv4_bias + panel * 2 * V;
                         put(input_row + p * wide + at_gate + panel * V, (a + load(bias)) * (b + load(bias + V)));
                     });
-                    const float* thin = condition + (sample * pixels + first) * rank;
+                    const Input* thin = static_cast<const Input*>(condition) + (sample * pixels + first) * rank;
                     if (adapter)
                         product(input_row + at_y, wide, n, C, adapter, rank / (2 * V),
                                 [&](long p, long panel, vec a, vec b) {
                                     const long c = panel * 2 * V;
                                     fetch(thin + (PANEL + p) * rank + c);
-                                    put(input_row + p * wide + c, a + load(thin + p * rank + c));
-                                    put(input_row + p * wide + c + V, b + load(thin + p * rank + c + V));
+                                    put(input_row + p * wide + c, a + get(thin + p * rank + c));
+                                    put(input_row + p * wide + c + V, b + get(thin + p * rank + c + V));
                                 });
                     else
-                        for (long p = 0; p < n; ++p) put_all(input_row + p * wide, thin + p * rank, rank);
+                        for (long p = 0; p < n; ++p) std::copy_n(thin + p * rank, rank, input_row + p * wide);
                     product(input_row, wide, n, inputs, conv5, panels,
                             [&](long p, long panel, vec a, vec b) {
                                 const long c = panel * 2 * V;
@@ -186,9 +187,8 @@ public:
                 const long stop = std::min(pixels, start + chunk);
                 for (long first = start; first < stop; first += panel_pixels) {
                     const long n = std::min(panel_pixels, stop - first);
-                    for (long p = 0; p < n; ++p) {
-                        const long y = (first + p) / width, c = (first + p) % width;
-                        const float* from = x + ((sample * s.height + 2 * y) * s.width + 2 * c) * C;
+                    for (auto [p, at] = std::pair(0L, Position(first, 0, width)); p < n; ++p, ++at) {
+                        const float* from = x + ((sample * s.height + 2 * at.y) * s.width + 2 * at.c) * C;
                         put_all(input + p * stride, from, 2 * C);
                         put_all(input + p * stride + 2 * C, from + s.width * C, 2 * C);
                     }
@@ -216,10 +216,9 @@ public:
                 for (long first = start; first < stop; first += PANEL) {
                     const long n = std::min(PANEL, stop - first);
                     float* to[PANEL];
-                    for (long p = 0; p < n; ++p) {
-                        const long y = (first + p) / s.width, c = (first + p) % s.width;
+                    for (auto [p, at] = std::pair(0L, Position(first, 0, s.width)); p < n; ++p, ++at) {
                         put_all(input + p * (C + PAD), x + (sample * pixels + first + p) * C, C);
-                        to[p] = skip + ((sample * s.height + y) * 4 * s.width + 2 * c) * half;
+                        to[p] = skip + ((sample * s.height + at.y) * 4 * s.width + 2 * at.c) * half;
                     }
                     product(input, C + PAD, n, C, weight, C / V, [&](long p, long panel, vec a, vec b) {
                         for (long k = 0; k < 2; ++k) {
@@ -236,8 +235,8 @@ public:
     }
 
     static void intro(const Shape& s, const float* picture, const float* weight, const float* addend,
-                      long addend_pixel, float* out, int threads) {
-        const long C = s.channels, pixels = s.height * s.width, panels = (C + 2 * V - 1) / (2 * V);
+                      long addend_pixel, void* out, bool inputs, int threads) {
+        const long C = s.channels, pixels = s.height * s.width;
         const long length = s.width + 2 + MR;  // zeros at both ends, because a tile reads MR pixels
         const auto work = [&](float* lines) {  // the rows above, here and below, of each colour
 #pragma omp for schedule(static)
@@ -250,35 +249,13 @@ public:
                     std::copy_n(picture + (sample * 3 + i % 3) * pixels + from_y * s.width, s.width,
                                 lines + i * length + 1);
                 }
-                for (long first = 0; first < s.width; first += MR) {
-                    const long m = std::min<long>(MR, s.width - first), pixel = row * s.width + first;
-                    const float* w = weight;
-                    for (long panel = 0; panel < panels; ++panel) {
-                        vec sums[MR][2] = {};
-                        for (long dy = 0; dy < 3; ++dy)
-                            for (long dx = 0; dx < 3; ++dx)
-                                for (long colour = 0; colour < 3; ++colour, w += 2 * V) {
-                                    const float* from = lines + (dy * 3 + colour) * length + first + dx;
-                                    const vec w0 = load(w), w1 = load(w + V);
-#pragma GCC unroll 8
-                                    for (int r = 0; r < MR; ++r) {
-                                        sums[r][0] += from[r] * w0;
-                                        sums[r][1] += from[r] * w1;
-                                    }
-                                }
-                        const long c = panel * 2 * V;
-#pragma GCC unroll 8
-                        for (int r = 0; r < MR; ++r) {
-                            if (r >= m) break;
-                            const float* add = addend + (pixel + r) * addend_pixel + c;
-                            float* to = out + (pixel + r) * C + c;
-                            fetch(add + PANEL * addend_pixel);
-                            fetch(to + PANEL * C);
-                            store(to, sums[r][0] + load(add));
-                            if (c + V < C) store(to + V, sums[r][1] + load(add + V));
-                        }
+                for (long first = 0; first < s.width; first += MR)
+                    for (long c = 0; c < C; c += 2 * V) {
+                        const auto part = C - c > V ? neighbourhoods<2> : neighbourhoods<1>;
+                        const long n = std::min<long>(MR, s.width - first), at = row * s.width + first;
+                        part(lines + first, length, n, C, weight + 27 * c, addend + at * addend_pixel + c, addend_pixel,
+                             at * C + c, out, inputs);
                     }
-                }
             }
         };
         in_threads(threads, 9 * length, work);
@@ -310,18 +287,28 @@ public:
     }
 
 private:
+    // Row and column of pixel `number` of a map's columns [left, right), counted from row `top` on.
+    struct Position {
+        const long left, right;
+        long y, c;
+        Position(long number, long left_, long right_, long top = 0)
+            : left(left_), right(right_), y(top + number / (right_ - left_)), c(left_ + number % (right_ - left_)) {}
+        void operator++() {
+            if (++c == right) c = left, ++y;
+        }
+    };
+
     static Input* inputs_at(float* memory) { return reinterpret_cast<Input*>(memory); }
 
     static void put_all(Input* to, const float* values, long count) {
         for (long i = 0; i < count; i += V) put(to + i, load(values + i));
     }
 
-    // n pixels of a map as a product's inputs, and how far they are apart: where they are, or, where inputs are rounded
-    // or a tile would read beyond the map, a copy.
-    static std::pair<const Input*, long> inputs_of(const float* map, long n, long C, Input* copy) {
-        if constexpr (FLOAT)
-            if (n % MR == 0) return {map, C};
-        for (long p = 0; p < n; ++p) put_all(copy + p * (C + PAD), map + p * C, C);
+    // n pixels of a map of inputs, and how far they are apart: where they are, or, where a product would read beyond the
+    // map, a copy.
+    static std::pair<const Input*, long> inputs_of(const Input* map, long n, long C, Input* copy) {
+        if (n % ROWS == 0 && C % NUMBERS == 0) return {map, C};
+        for (long p = 0; p < n; ++p) std::copy_n(map + p * C, C, copy + p * (C + PAD));
         return {copy, C + PAD};
     }
 
@@ -403,7 +390,7 @@ private:
     // Depth-wise 3x3, gate and sums of one row of `columns` pixels. rows: those above, here and below, of which pixel 0
     // is the left neighbour of the first column.
     static void depthwise_row(const float* const* rows, long pixel, long C, long columns, const float* weight,
-                              const float* bias, float* gated, float* sums) {
+                              const float* bias, Input* gated, float* sums) {
         constexpr long BLOCK = 4;  // vectors whose weights stay in the first cache
         std::fill(sums, sums + C, 0.0f);
         for (long first = 0; first < C / V; first += BLOCK)
@@ -424,7 +411,7 @@ private:
 
     template <int N>
     static void depthwise_columns(const float* const* rows, long c, long q, long pixel, long C, const float* weight,
-                                  const float* bias, float* gated, float* sums) {
+                                  const float* bias, Input* gated, float* sums) {
         const long at = q * 2 * V;
         vec a[N], b[N];
         convolve<N>(rows, c * pixel + at, pixel, weight + q * 9 * 2 * V, load(bias + at), a);
@@ -432,7 +419,7 @@ private:
         vec total = load(sums + q * V);
         for (int n = 0; n < N; ++n) {
             const vec product = a[n] * b[n];
-            store(gated + (c + n) * C + q * V, product);
+            put(gated + (c + n) * C + q * V, product);
             fetch(gated + (c + n + PANEL / 2) * C + q * V);
             total += product;
         }
@@ -455,6 +442,38 @@ private:
                 for (int n = 0; n < N; ++n)
                     if (j - n >= 0 && j - n < 3) out[n] += value * w[j - n];
             }
+        }
+    }
+
+    // VECTORS vectors of the channels of n neighbouring pixels, up to MR, from three rows of each colour; what is added,
+    // and where they go, by the distance from the beginning of `out`, which takes products' inputs or float32.
+    template <int VECTORS>
+    static void neighbourhoods(const float* lines, long length, long n, long C, const float* weight,
+                               const float* addend, long addend_pixel, long at, void* out, bool inputs) {
+        vec sums[MR][VECTORS] = {};
+        const float* w = weight;
+        for (long dy = 0; dy < 3; ++dy)
+            for (long dx = 0; dx < 3; ++dx)
+                for (long colour = 0; colour < 3; ++colour, w += 2 * V) {
+                    const float* from = lines + (dy * 3 + colour) * length + dx;
+#pragma GCC unroll 8
+                    for (int r = 0; r < MR; ++r)
+                        for (int k = 0; k < VECTORS; ++k) sums[r][k] += from[r] * load(w + k * V);
+                }
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r) {
+            if (r >= n) break;
+            fetch(addend + (r + PANEL) * addend_pixel);
+            for (int k = 0; k < VECTORS; ++k) {
+                const vec value = sums[r][k] + load(addend + r * addend_pixel + k * V);
+                const long to = at + r * C + k * V;
+                if (inputs)
+                    put(static_cast<Input*>(out) + to, value);
+                else
+                    store(static_cast<float*>(out) + to, value);
+            }
+            fetch(inputs ? static_cast<void*>(static_cast<Input*>(out) + at + (r + PANEL) * C)
+                         : static_cast<void*>(static_cast<float*>(out) + at + (r + PANEL) * C));
         }
     }
 
@@ -500,7 +519,7 @@ private:
     // Pixels that go through a product together: whole tiles, and no small remainder, which would read all weights too.
     static long panel_for(long pixels) {
         const long panels = std::max(1L, (pixels + PANEL - 1) / PANEL);
-        return ((pixels + panels - 1) / panels + MR - 1) / MR * MR;
+        return ((pixels + panels - 1) / panels + ROWS - 1) / ROWS * ROWS;
     }
 
     // Pixels of a work item: whole tiles, about equally many for all threads.
@@ -508,6 +527,6 @@ private:
         const long parts = (threads + samples - 1) / samples;
         const long rounds = (pixels + parts * 4 * PANEL - 1) / (parts * 4 * PANEL);
         const long each = (pixels + parts * rounds - 1) / (parts * rounds);
-        return (each + MR - 1) / MR * MR;
+        return (each + ROWS - 1) / ROWS * ROWS;
     }
 };

@@ -3,11 +3,17 @@
 
 struct PairProducts : FloatProducts<16, 8> {
     typedef unsigned bits __attribute__((vector_size(V * 4)));
+    typedef unsigned short halves __attribute__((vector_size(V * 2)));
 
     typedef unsigned short Input;  // in bfloat16
     static void put(Input* to, vec values) {
         const __m256bh narrow = _mm512_cvtneps_pbh(__m512(values));
         std::memcpy(to, &narrow, sizeof narrow);
+    }
+    static vec get(const Input* from) {
+        halves narrow;
+        std::memcpy(&narrow, from, sizeof narrow);
+        return vec(__builtin_convertvector(narrow, bits) << 16);
     }
 
     static long packed(long inputs) { return (inputs + 31) / 32 * 16; }  // a tile takes 16 pairs of inputs
@@ -23,7 +29,6 @@ struct PairProducts : FloatProducts<16, 8> {
 private:
     static bits widened(vec values) {  // as bfloat16, in the lower half of 32 bits
         const __m256bh narrow = _mm512_cvtneps_pbh(__m512(values));
-        typedef unsigned short halves __attribute__((vector_size(V * 2)));
         return __builtin_convertvector(halves(narrow), bits);
     }
 };

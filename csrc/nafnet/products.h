@@ -2,9 +2,9 @@
 //
 // V floats make a vector; a tile of a product is MR pixels by 2V outputs, whose sums stay in registers.
 
-template <int LANES, int ROWS>
+template <int LANES, int TILE>
 struct FloatProducts {
-    static constexpr int V = LANES, MR = ROWS;
+    static constexpr int V = LANES, MR = TILE;
     typedef float vec __attribute__((vector_size(V * sizeof(float)), aligned(4), may_alias));
 
     struct Ready {};  // what a thread holds while it calls `product`
@@ -14,10 +14,14 @@ struct FloatProducts {
 
     typedef float Input;  // of a product
     static void put(Input* to, vec values) { store(to, values); }
+    static vec get(const Input* from) { return load(from); }
+
+    // A product may read its input up to a multiple of so many rows, and of so many numbers of a row.
+    static constexpr long ROWS = MR, NUMBERS = 1;
 
     // What the next panel reads or writes, into the second cache: maps larger than it come more slowly than they are used.
-    static void fetch(const float* from) { __builtin_prefetch(from, 0, 2); }
-    static void fetch(float* to) { __builtin_prefetch(to, 1, 2); }
+    static void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
+    static void fetch(void* to) { __builtin_prefetch(to, 1, 2); }
 
     // Rows of 2V floats in a panel of packed weights.
     static long packed(long inputs) { return inputs; }
@@ -29,7 +33,7 @@ struct FloatProducts {
     }
 
     // take(pixel, panel, first V outputs, next V outputs) for all n pixels of `input` (rows `stride` apart, readable up
-    // to a multiple of MR rows) and all panels of weights.
+    // to ROWS and NUMBERS) and all panels of weights.
     template <class Take>
     static void product(const Input* input, long stride, long n, long inputs, const float* weight, long panels,
                         const Take& take) {

@@ -19,7 +19,9 @@ struct TileProducts : PairProducts {
         Ready& operator=(const Ready&) = delete;
     };
 
-    // As FloatProducts::product, but `input` is readable up to a multiple of 16 rows and of 32 inputs, which are finite there.
+    static constexpr long ROWS = 16, NUMBERS = 32;  // a tile's; what it reads beyond the inputs has to be finite
+
+    // As FloatProducts::product.
     template <class Take>
     static void product(const Input* input, long stride, long n, long inputs, const float* weight, long panels,
                         const Take& take) {

@@ -117,15 +117,15 @@ long strip_width(const Shape& shape) {
 }
 
 void first_pass(Isa isa, const Shape& shape, const float* x, Rows scale, Rows shift, const float* conv1,
-                const float* conv1_bias, const float* depthwise, const float* depthwise_bias, float* gated,
+                const float* conv1_bias, const float* depthwise, const float* depthwise_bias, void* gated,
                 float* average, int threads) {
     DISPATCH(first_pass, shape, x, scale, shift, conv1, conv1_bias, depthwise, depthwise_bias, gated, average, threads);
 }
 
-void second_pass(Isa isa, const Shape& shape, float* x, const float* gated, const float* average,
+void second_pass(Isa isa, const Shape& shape, float* x, const void* gated, const float* average,
                  const float* attention, const float* attention_bias, const float* conv3, const float* conv3_bias,
                  Rows scale, Rows shift, const float* conv4, const float* conv4_bias, const float* conv5,
-                 const float* conv5_bias, const float* condition, const float* adapter, long rank, int threads) {
+                 const float* conv5_bias, const void* condition, const float* adapter, long rank, int threads) {
     DISPATCH(second_pass, shape, x, gated, average, attention, attention_bias, conv3, conv3_bias, scale, shift, conv4,
              conv4_bias, conv5, conv5_bias, condition, adapter, rank, threads);
 }
@@ -140,8 +140,8 @@ void up(Isa isa, const Shape& shape, const float* x, const float* weight, float*
 }
 
 void intro(Isa isa, const Shape& shape, const float* picture, const float* weight, const float* addend,
-           long addend_pixel, float* out, int threads) {
-    DISPATCH(intro, shape, picture, weight, addend, addend_pixel, out, threads);
+           long addend_pixel, void* out, bool inputs, int threads) {
+    DISPATCH(intro, shape, picture, weight, addend, addend_pixel, out, inputs, threads);
 }
 
 void ending(Isa isa, const Shape& shape, const float* x, const float* weight, const float* bias, float* picture,

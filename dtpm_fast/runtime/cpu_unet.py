@@ -41,13 +41,12 @@ def instruction_set(dtype: torch.dtype, *widths: int) -> str | None:
     return next((name for name, lanes in sets if all(width % lanes == 0 for width in widths)), None)
 
 
-def empty(*shape: int) -> Tensor:
-    """float32, not initialised, on a cache line. NumPy asks Linux for huge pages where a map is large, PyTorch does
-    not."""
-    size, line = math.prod(shape), 64 // 4
-    memory = torch.from_numpy(np.empty(size + line - 1, np.float32))
-    start = -(memory.data_ptr() // 4) % line
-    return memory[start : start + size].view(shape)
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Not initialised, on a cache line. NumPy asks Linux for huge pages where a map is large, PyTorch does not."""
+    size, line = math.prod(shape) * dtype.itemsize, 64
+    memory = torch.from_numpy(np.empty(size + line - 1, np.uint8))
+    start = -memory.data_ptr() % line
+    return memory[start : start + size].view(dtype).view(shape)
 
 
 class Scratch(threading.local):
@@ -67,18 +66,28 @@ class Scratch(threading.local):
             if self.entered == 0:
                 self.maps.clear()
 
-    def map(self, name: str, *shape: int) -> Tensor:
-        """float32, not initialised, overwritten when the name is asked for again."""
-        size = math.prod(shape)
+    def map(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Not initialised, overwritten when the name is asked for again."""
+        size = math.prod(shape) * dtype.itemsize
         found = self.maps.get(name)
         if found is None or found.numel() < size:
-            found = empty(size)
+            found = empty(size, dtype=torch.uint8)
             if self.entered:
                 self.maps[name] = found
-        return found[:size].view(shape)
+        return found[:size].view(dtype).view(shape)
 
 
 scratch = Scratch()
+
+
+def input_dtype(isa: str) -> torch.dtype:
+    """Of what products multiply, and so of maps that are nothing else: the gated one, and adapters' conditions."""
+    return torch.bfloat16 if isa in PAIRED else torch.float32
+
+
+def _array(of_inputs: Tensor) -> np.ndarray:
+    """NumPy has no bfloat16: its bits."""
+    return (of_inputs.view(torch.int16) if of_inputs.dtype == torch.bfloat16 else of_inputs).numpy()
 
 
 class CpuBlock(nn.Module):
@@ -130,22 +139,23 @@ class CpuBlock(nn.Module):
     def forward(
         self, x: Tensor, rows: tuple[Tensor, Tensor, Tensor, Tensor], condition: Tensor | None, number: int, mean: Mean
     ) -> Tensor:
-        """x: (B, h, w, C); rows: shift1, 1 + scale1, shift2, 1 + scale2, each (B or 1, C); condition: (B, h, w, rank),
-        None without an adapter. Returns x, which is written over."""
+        """x: (B, h, w, C); rows: shift1, 1 + scale1, shift2, 1 + scale2, each (B or 1, C); condition: (B, h, w, rank)
+        in `input_dtype`, None without an adapter. Returns x, which is written over."""
         shift1, scale1, shift2, scale2 = (row.contiguous().numpy() for row in rows)
         own, maps = self.arrays, x.numpy()
-        gated, average = scratch.map("gated", *x.shape), x.new_empty(len(x), 1, x.shape[-1])
+        gated = scratch.map("gated", *x.shape, dtype=input_dtype(self.isa))
+        average = x.new_empty(len(x), 1, x.shape[-1])
         how: dict[str, Any] = {"threads": torch.get_num_threads(), "isa": self.isa}
         _nafnet.first_pass(
             maps, scale1, shift1, own["conv1"], own["conv1_bias"], own["depthwise"], own["depthwise_bias"],
-            gated.numpy(), average.numpy(), **how,
+            _array(gated), average.numpy(), **how,
         )  # fmt: skip
         if mean is not own_mean:
-            average = mean(number, gated)
+            average = mean(number, gated.float())
         _nafnet.second_pass(
-            maps, gated.numpy(), average.numpy(), own["attention"], own["attention_bias"],
+            maps, _array(gated), average.numpy(), own["attention"], own["attention_bias"],
             own["conv3"], own["conv3_bias"], scale2, shift2, own["conv4"], own["conv4_bias"],
-            own["conv5"], own["conv5_bias"], None if condition is None else condition.numpy(), own.get("adapter"),
+            own["conv5"], own["conv5_bias"], None if condition is None else _array(condition), own.get("adapter"),
             **how,
         )  # fmt: skip
         return x
@@ -154,19 +164,22 @@ class CpuBlock(nn.Module):
 class CpuPictureMap(PictureMap):
     """`PictureMap` in C++."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, isa: str) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, isa: str, of_inputs: bool = False) -> None:
+        """`of_inputs`: the map is one of products' inputs, in `input_dtype`."""
         super().__init__(weight, bias, torch.float32)
         self.isa, self.channels = isa, len(weight)
+        self.out_dtype = input_dtype(isa) if of_inputs else torch.float32
         self.register_buffer("weight", _panels(self.weight.permute(0, 2, 3, 1).flatten(1), _lanes(isa)))
 
     def forward(self, picture: Tensor, instead: Tensor | None = None) -> Tensor:
         """With `instead` the map is a step's, and lasts until the next step; without, a picture's."""
         b, _, height, width = picture.shape
         shape = (b, height, width, self.channels)
-        out = empty(*shape) if instead is None else scratch.map("intro", *shape)
+        out = (empty(*shape, dtype=self.out_dtype) if instead is None
+               else scratch.map("intro", *shape, dtype=self.out_dtype))  # fmt: skip
         addend = self.bias if instead is None else instead
         _nafnet.intro(
-            picture.float().contiguous().numpy(), self.weight.numpy(), addend.numpy(), out.numpy(),
+            picture.float().contiguous().numpy(), self.weight.numpy(), addend.numpy(), _array(out),
             threads=torch.get_num_threads(), isa=self.isa,
         )  # fmt: skip
         return out

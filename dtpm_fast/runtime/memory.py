@@ -13,7 +13,7 @@ from dtpm_fast.runtime.tiling import OVERLAP
 
 # Maps of C channels at full size that live at once at the worst moment of a plan's step, bias maps of all levels
 # included, and pictures beside them, by the plan's form; measured (benchmarks/bench_restore.py memory) and rounded up.
-MAPS = {"folded": 20.0, "kernels": 20.0, "native": 3.75}  # of the C++ blocks without the adapters' conditions
+MAPS = {"folded": 20.0, "kernels": 20.0, "native": 2.75}  # of the C++ blocks without the maps of products' inputs
 PICTURES = {"folded": 4, "kernels": 4, "native": 20}
 CPU_BUDGET = 2 << 30  # bytes: a laptop runs other things as well
 TILES = (2048, 1536, 1280, 1024, 768, 512, 384, 256, 192, 128)
@@ -23,7 +23,8 @@ def needed(config: ModelConfig, pixels: int, dtype: torch.dtype, form: str = "fo
     """Bytes that a plan takes beyond its weights for a batch of so many pixels."""
     maps, of_map = MAPS[form], dtype.itemsize
     if form == "native":
-        maps, of_map = maps + _condition_maps(config), 4  # float32 in any precision
+        # The gated map and the conditions are in the products' dtype, all else is float32.
+        maps, of_map = maps + (1 + _condition_maps(config)) * dtype.itemsize / 4, 4
     return round(pixels * (maps * config.width * of_map + 3 * PICTURES[form] * torch.float32.itemsize))
 
 

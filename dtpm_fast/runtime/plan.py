@@ -82,7 +82,8 @@ class Prepare(nn.Module):
                 if isinstance(own, KernelBlock):  # on a GPU all conditions of a level are one product
                     at_level.setdefault(level, []).append(adapter.condition(own.residual_bias, own.rank))
                 elif isinstance(own, CpuBlock):
-                    self.maps[_key(position)] = _map(form, *adapter.condition(own.residual_bias, own.rank), dtype)
+                    weight, bias = adapter.condition(own.residual_bias, own.rank)
+                    self.maps[_key(position)] = CpuPictureMap(weight, bias, own.isa, of_inputs=True)
                 else:
                     self.maps[_key(position)] = _map(form, *adapter.bias_map(own.residual_bias), dtype)
         stacks = {str(level): StackedPictureMaps(maps, dtype) for level, maps in at_level.items()}

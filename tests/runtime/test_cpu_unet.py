@@ -20,7 +20,15 @@ from dtpm_fast.model.block import DenoisingBlock
 from dtpm_fast.model.dtpm import Predictor
 from dtpm_fast.runtime import cpu_unet
 from dtpm_fast.runtime.backends import choose_backend
-from dtpm_fast.runtime.cpu_unet import CpuBlock, CpuPictureMap, CpuUNet, instruction_set, native_update, scratch
+from dtpm_fast.runtime.cpu_unet import (
+    CpuBlock,
+    CpuPictureMap,
+    CpuUNet,
+    input_dtype,
+    instruction_set,
+    native_update,
+    scratch,
+)
 from dtpm_fast.runtime.plan import Plan, native_form
 from dtpm_fast.runtime.sampler import make_steps, update
 from dtpm_fast.runtime.unet import FoldedUNet, MergedAdapter, PictureMap, own_mean
@@ -64,7 +72,7 @@ def native(
     ours = CpuBlock(block, merged, isa)
     condition = None
     if merged is not None:
-        condition = PictureMap(*merged.condition(ours.residual_bias, ours.rank), torch.float32)(y)
+        condition = CpuPictureMap(*merged.condition(ours.residual_bias, ours.rank), isa, of_inputs=True)(y)
     shift1, scale1, shift2, scale2 = rows
     return ours(x.clone(), (shift1, 1 + scale1, shift2, 1 + scale2), condition, 0, own_mean)
 
@@ -169,6 +177,14 @@ def test_a_map_of_a_picture_is_as_exact_as_eager(isa: str, lanes: int) -> None:
             ours, eager = ([form(p, instead) for p in pictures] for form in forms)
             truth = [exact(p.double(), None if instead is None else instead.double()) for p in pictures]
             assert error(ours, truth) <= 1.5 * error(eager, truth)
+
+
+@pytest.mark.parametrize("isa", [ISAS[0][0], *PAIRED])
+def test_a_map_of_inputs_is_the_map_rounded_once(isa: str) -> None:
+    weight, bias, picture = torch.randn(48, 3, 3, 3), torch.randn(48), torch.rand(2, 3, 5, 19) * 2 - 1
+    wide, inputs = (CpuPictureMap(weight, bias, isa, of_inputs=of_inputs)(picture) for of_inputs in (False, True))
+    assert inputs.dtype == input_dtype(isa) == (torch.bfloat16 if isa in PAIRED else torch.float32)
+    assert torch.equal(inputs, wide.to(inputs.dtype)) and inputs.data_ptr() % 64 == 0
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -313,6 +329,20 @@ def test_a_condition_of_other_channels_is_refused() -> None:
     for channels, message in ((ours.rank + 1, "must fill vectors"), (ours.rank + 4, "expected")):
         with pytest.raises(ValueError, match=message):
             ours(x.clone(), four, torch.zeros(1, 4, 4, channels), 0, own_mean)
+
+
+@pytest.mark.parametrize("isa", [ISAS[0][0], *PAIRED])
+def test_a_map_of_inputs_of_another_dtype_is_refused(isa: str) -> None:
+    block, x, rows, adapter, y = drawn((1, 32, 4, 4), 0.0, adapted=True)
+    assert adapter is not None
+    merged = MergedAdapter(adapter)
+    ours = CpuBlock(block, merged, isa)
+    condition = CpuPictureMap(*merged.condition(ours.residual_bias, ours.rank), isa, of_inputs=True)(y)
+    four = (rows[0], 1 + rows[1], rows[2], 1 + rows[3])
+    expected = "float32" if condition.dtype == torch.float32 else "int16, the bits of bfloat16 numbers"
+    for wrong in (condition.half(), condition.bfloat16() if expected == "float32" else condition.float()):
+        with pytest.raises(TypeError, match=f"condition: expected a contiguous array of {expected}"):
+            ours(x.clone(), four, wrong, 0, own_mean)
 
 
 def test_fused_says_which_blocks_run_and_falls_back_to_pytorch(
