@@ -50,7 +50,8 @@ public:
                         float* to[PANEL];
                         for (auto [p, at] = std::pair(0L, Position(first, left, right, made)); p < n; ++p, ++at) {
                             from[p] = map + (at.y * s.width + at.c) * C;
-                            to[p] = ring + at.y % slots * row_size + (at.c - c0 + 1) * pixel;
+                            const bool follows = p > 0 && at.c > left;  // no division
+                            to[p] = follows ? to[p - 1] + pixel : ring + at.y % slots * row_size + (at.c - c0 + 1) * pixel;
                         }
                         normalise(from, normal, n, C, scale.of(sample), shift.of(sample));
                         product(normal, C + PAD, n, C, conv1, C / V, [&](long p, long panel, vec a, vec b) {
