@@ -22,10 +22,14 @@ using Array = py::array_t<float, py::array::c_style>;
 long up_to(long value, long multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Every size is checked: what is beyond an array is never read.
-const float* sized(const Array& array, long size, const char* what) {
+void check_size(const py::array& array, long size, const char* what) {
     if (array.size() != size)
         throw std::invalid_argument(std::string(what) + ": expected " + std::to_string(size) + " values, got " +
                                     std::to_string(array.size()));
+}
+
+const float* sized(const Array& array, long size, const char* what) {
+    check_size(array, size, what);
     return array.data();
 }
 
@@ -40,9 +44,7 @@ const void* inputs(const py::array& array, Isa isa, long size, const char* what)
                            : py::isinstance<Array>(array)))
         throw py::type_error(std::string(what) + ": expected a contiguous array of " +
                              (in_bfloat16(isa) ? "int16, the bits of bfloat16 numbers" : "float32"));
-    if (array.size() != size)
-        throw std::invalid_argument(std::string(what) + ": expected " + std::to_string(size) + " values, got " +
-                                    std::to_string(array.size()));
+    check_size(array, size, what);
     return array.data();
 }
 
