@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dtpm_fast.config import TrainConfig
-from dtpm_fast.data.crops import Augment, MixedCrops, PairCrops, SmoothedCrops, SomeClean, SyntheticCrops, smoothed_of
+from dtpm_fast.data.crops import (
+    Augment,
+    MixedCrops,
+    PairCrops,
+    SmoothedCrops,
+    SomeClean,
+    SomeJpeg,
+    SyntheticCrops,
+    smoothed_of,
+)
 from dtpm_fast.data.layouts import LayoutNotFound, SplitNotFound, find_pairs
 from dtpm_fast.data.pictures import PictureCache, find_photos, half_of_pairs
 from dtpm_fast.errors import UserError
@@ -117,6 +126,9 @@ def stage2_source(
     if train.clean_share:
         source = SomeClean(source, train.clean_share, seed)
         about += f", {train.clean_share:g} of all samples clean"
+    if train.jpeg_share:
+        source = SomeJpeg(source, train.jpeg_share, seed)
+        about += f", {train.jpeg_share:g} out of JPEG files"
     return Source(source, _crop_of_each(held_out, train.validation_images, unseen), about)
 
 

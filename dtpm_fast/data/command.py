@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make.add_argument("--task", required=True, choices=list(TASKS))
     make.add_argument("--strength", type=float, nargs="+", default=[1.0], metavar="X", help="0 is clean (default: 1)")
     make.add_argument("--seed", type=_at_least(0), default=0)
+    make.add_argument("--jpeg", type=int, metavar="Q", help="the inputs have been JPEG files of this quality, 1 to 100")
     make.add_argument("-o", "--output", required=True, type=given_path, metavar="DIR", help="a new or empty folder")
     measure = commands.add_parser(
         "measure",
@@ -104,8 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_sheet(options.output, options.photos, options.seed)
             return 0
         if options.command == "make":
-            count = make_pairs(options.task, options.output, options.photos, options.strength, options.seed)
-            print(f"{options.output}: {count} pairs, synthetic {options.task}, seed {options.seed}")
+            count = make_pairs(
+                options.task, options.output, options.photos, options.strength, options.seed, options.jpeg
+            )
+            jpeg = "" if options.jpeg is None else f", JPEG of quality {options.jpeg}"
+            print(f"{options.output}: {count} pairs, synthetic {options.task}, seed {options.seed}{jpeg}")
             return 0
         if options.command == "measure":
             print(compare(options))

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dtpm_fast.data.degradations import border, degrade
+from dtpm_fast.data.jpeg import through_any_jpeg
 from dtpm_fast.data.pictures import (
     PictureCache,
     check_pairs,
@@ -244,6 +245,25 @@ class SomeClean(Dataset[tuple[Tensor, Tensor]]):
         return (clean if sample_rng(self.seed, index, Stream.CLEAN).random() < self.share else degraded), clean
 
 
+class SomeJpeg(Dataset[tuple[Tensor, Tensor]]):
+    """A data set of pairs, of which a share has its degraded picture out of a JPEG file (`through_any_jpeg`): the edges
+    of blocks and the ringing around flakes and streaks are what a network that never saw them trips over.
+
+    Raises `UserError` for a share outside 0..1."""
+
+    def __init__(self, pairs: Dataset[tuple[Tensor, Tensor]], share: float, seed: int = 0) -> None:
+        if not 0 <= share <= 1:
+            raise UserError(f"share of samples out of JPEG files {share}: must lie between 0 and 1")
+        self.pairs, self.share, self.seed = pairs, share, seed
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        degraded, clean = self.pairs[index]
+        rng = sample_rng(self.seed, index, Stream.JPEG)
+        if rng.random() < self.share:
+            degraded = to_tensor(through_any_jpeg(_to_picture(degraded), rng))
+        return degraded, clean
+
+
 @dataclass(frozen=True)
 class Window:
     """A square place in a picture, with the flip and turns applied to what is cut there."""
@@ -294,6 +314,7 @@ class Stream(IntEnum):
     SOURCE = 1  # of mixed data sets
     NOISE = 2  # eps and gamma
     CLEAN = 3  # whether the degraded picture is the clean one
+    JPEG = 4  # whether the degraded picture comes out of a JPEG file, and of which
 
 
 def sample_rng(seed: int, index: int, stream: Stream = Stream.CROP) -> np.random.Generator:
@@ -306,6 +327,11 @@ def sample_rng(seed: int, index: int, stream: Stream = Stream.CROP) -> np.random
 def to_tensor(picture: np.ndarray) -> Tensor:
     """float32 (3, H, W) in [-1, 1] of HxWx3 uint8."""
     return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))).float().div_(127.5).sub_(1)
+
+
+def _to_picture(tensor: Tensor) -> np.ndarray:
+    """HxWx3 uint8 of what `to_tensor` made of it."""
+    return tensor.add(1).mul_(127.5).round_().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
 
 def _outer(size: int) -> int:

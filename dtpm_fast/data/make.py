@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from dtpm_fast.atomic import whole_folder
 from dtpm_fast.data.degradations import check_strength, degrade
+from dtpm_fast.data.jpeg import through_jpeg
 from dtpm_fast.data.pictures import named_photos
 from dtpm_fast.data.sheet import sample_photo
 from dtpm_fast.errors import UserError
@@ -19,17 +20,18 @@ SAMPLES = ("astronaut", "chelsea", "coffee", "motorcycle_left", "rocket")
 
 
 def make_pairs(
-    task: str, output: Path, photos: Sequence[Path] = (), strengths: Sequence[float] = (1.0,), seed: int = 0
-) -> int:
+    task: str, output: Path, photos: Sequence[Path] = (), strengths: Sequence[float] = (1.0,), seed: int = 0,
+    jpeg: int | None = None,
+) -> int:  # fmt: skip
     """Write `output`/input and `output`/target, PNGs of equal names: every photo at every strength. Returns the number
     of pairs.
 
     `photos` are files and folders; none stands for scikit-image's colour photos. A picture's generator follows from
-    `seed`, its name and its strength: more photos change no other's. Strength 0 gives the clean photo. The folder is
-    written whole or not at all.
+    `seed`, its name and its strength: more photos change no other's. Strength 0 gives the clean photo. With `jpeg` an
+    input has been a JPEG file of that quality (1 to 100, 4:2:0). The folder is written whole or not at all.
 
-    Raises `UserError` for an unknown task, a strength below 0, a broken photo, two photos of one name, an output that
-    holds something already, and, without photos, when scikit-image is not installed.
+    Raises `UserError` for an unknown task, a strength below 0, another quality, a broken photo, two photos of one name,
+    an output that holds something already, and, without photos, when scikit-image is not installed.
     """
     check_task(task)
     for number, strength in enumerate(strengths):
@@ -37,6 +39,8 @@ def make_pairs(
             raise UserError(f"strength {strength:g}: is given twice")
     if seed < 0:
         raise UserError(f"seed {seed}: must be 0 or more")
+    if jpeg is not None and not 1 <= jpeg <= 100:
+        raise UserError(f"JPEG quality {jpeg}: must lie between 1 and 100")
     found = named_photos(photos)
     names = [path.stem for path in found] or list(SAMPLES)
     if len(set(names)) < len(names):
@@ -47,7 +51,8 @@ def make_pairs(
             for strength in strengths:
                 rng = np.random.default_rng([seed, zlib.crc32(f"{task} {name} {strength:g}".encode())])
                 degraded = degrade(task, picture.astype(np.float32) / 255, rng, strength)
+                degraded8 = np.rint(degraded * 255).astype(np.uint8)
                 file = f"{name}-{strength:g}.png" if len(strengths) > 1 else f"{name}.png"
                 write_image(folder / "target" / file, picture)
-                write_image(folder / "input" / file, np.rint(degraded * 255).astype(np.uint8))
+                write_image(folder / "input" / file, degraded8 if jpeg is None else through_jpeg(degraded8, jpeg))
     return len(names) * len(strengths)

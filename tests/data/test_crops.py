@@ -15,11 +15,13 @@ from dtpm_fast.data.crops import (
     PhotoCrops,
     SmoothedCrops,
     SomeClean,
+    SomeJpeg,
     SyntheticCrops,
     Window,
     sample_rng,
     to_tensor,
 )
+from dtpm_fast.data.jpeg import through_any_jpeg
 from dtpm_fast.data.layouts import find_pairs
 from dtpm_fast.data.pictures import PictureCache
 from dtpm_fast.errors import UserError
@@ -312,3 +314,34 @@ def test_a_share_of_clean_samples() -> None:
     assert all(torch.equal(some[index][0], drawn[index - 1][0]) for index in (7, 300))  # the index alone decides
     with pytest.raises(UserError, match="between 0 and 1"):
         SomeClean(Pairs(), 1.5)
+
+
+def test_a_share_of_samples_out_of_jpeg_files(photos: Path) -> None:
+    plain = SyntheticCrops(photos, "desnow", 32, seed=5)
+    some = SomeJpeg(plain, 0.25, seed=5)
+    drawn = [some[index] for index in range(400)]
+    changed = [index for index, (degraded, _) in enumerate(drawn) if not torch.equal(degraded, plain[index][0])]
+    assert abs(len(changed) / 400 - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
+    for index in changed[:20]:
+        (degraded, clean), (before, target) = drawn[index], plain[index]
+        assert torch.equal(clean, target)
+        assert degraded.shape == before.shape and degraded.abs().max() <= 1
+        levels = (degraded + 1) * 127.5
+        assert (levels - levels.round()).abs().max() < 1e-4  # a picture of 8 bits
+        assert (degraded.mean() - before.mean()).abs() < 0.05  # the photos are noise, of which JPEG keeps the means
+        assert torch.equal(some[index][0], degraded)  # the index alone decides
+    with pytest.raises(UserError, match="between 0 and 1"):
+        SomeJpeg(plain, 1.5)
+
+
+def test_a_jpegs_blocks_lie_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JPEG's worst quality makes flat blocks of a slope, and their seams are at every place in turn."""
+    monkeypatch.setattr("dtpm_fast.data.jpeg.QUALITIES", (1, 1))
+    smooth = np.add.outer(np.arange(48), np.arange(48)).astype(np.uint8)[..., None].repeat(3, axis=2)
+    seams = set()
+    for seed in range(60):
+        found = through_any_jpeg(smooth, np.random.default_rng(seed))
+        assert found.shape == smooth.shape and found.dtype == np.uint8
+        steps = np.abs(np.diff(found[..., 1].astype(int), axis=1)).sum(axis=0)  # blocks are flat: steps at seams only
+        seams.add(int(np.argmax([steps[phase::8].sum() for phase in range(8)])))
+    assert seams == set(range(8))

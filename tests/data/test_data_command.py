@@ -216,6 +216,22 @@ def test_a_synthetic_test_set(tmp_path: Path, picture: Callable[..., Path], caps
     assert not (tmp_path / "new").exists()
 
 
+def test_a_synthetic_test_set_out_of_jpeg_files(
+    tmp_path: Path, picture: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = ["make", str(picture(tmp_path / "a.png", 40, 33, 1)), "--task", "desnow", "--seed", "3"]
+    assert main([*make, "-o", str(tmp_path / "before")]) == 0
+    assert main([*make, "--jpeg", "70", "-o", str(tmp_path / "after")]) == 0
+    assert "seed 3, JPEG of quality 70" in capsys.readouterr().out
+    before, after = (read_image(tmp_path / name / "input/a.png") for name in ("before", "after"))
+    Image.fromarray(before).save(tmp_path / "own.jpg", quality=70)  # the same degradation, through a file
+    assert (after == read_image(tmp_path / "own.jpg")).all() and (after != before).any()
+    assert (read_image(tmp_path / "after/target/a.png") == read_image(tmp_path / "a.png")).all()
+    assert main([*make, "--jpeg", "101", "-o", str(tmp_path / "new")]) == 1
+    assert "between 1 and 100" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_synthetic_test_set_of_scikit_images_photos(tmp_path: Path) -> None:
     pytest.importorskip("skimage", reason="scikit-image, whose photos these are, is not installed")
     assert main(["make", "--task", "dehaze", "-o", str(tmp_path / "set")]) == 0
