@@ -99,7 +99,7 @@ class TrainConfig:
     synthetic_share: float = 0.5  # share of synthetic samples when --synthetic stands beside real pairs
     strength: float = 1.0  # of the synthetic degradations
     clean_share: float = 0.0  # share of stage II's samples whose degraded picture is the clean one; 0 as in the paper
-    jpeg_share: float = 0.0  # share of them, clean or not, whose degraded picture comes out of a JPEG file; the paper's: 0
+    jpeg_share: float = 0.0  # share of them, clean or not, whose degraded picture was a JPEG file; 0 as in the paper
     rotate45: bool = False
     seed: int = 0
     # auto: bfloat16 on CUDA, float32 on the CPU; float16 on CUDA only, with a loss scale.
