@@ -43,9 +43,19 @@ void launch(std::uintptr_t planes, std::uintptr_t workspace, std::uintptr_t repo
     if (error != cudaSuccess) throw std::runtime_error(std::string("rtv_smooth on CUDA: ") + cudaGetErrorString(error));
 }
 
+// Why the current device cannot run these kernels: a driver older than the CUDA runtime that was linked, or a GPU that
+// none of the compiled architectures fits. Empty when it can.
+std::string unusable() {
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, smooth_pictures<float, 3>);
+    cudaGetLastError();  // else the next launch would report it
+    return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_rtv_cuda, module) {
+    module.def("unusable", &unusable, "Why the current device cannot run the kernels; empty when it can.");
     module.def(
         "workspace", [](int height, int width, int channels) { return rtv::BlockLayout(height, width).workspace(channels); },
         "Numbers of workspace per picture.");

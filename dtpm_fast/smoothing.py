@@ -6,6 +6,7 @@ written from the paper's equations. The solver (csrc/rtv) is described in docs/r
 
 import math
 import os
+import re
 import sys
 import threading
 from pathlib import Path
@@ -31,7 +32,7 @@ SOLVERS = ("mic", "direct")
 MODES = ("exact", "matlab_pcg")
 LOWEST, HIGHEST = -1.0, 2.0  # resampling overshoots [0, 1]; a picture in 0..255 is a mistake
 DIRECT_BYTES = 2**31  # of the direct solver's band
-CUDA_WORKSPACE_BYTES = 2**33  # at most; larger batches go through in parts
+CUDA_WORKSPACE_BYTES = 2**33  # at most, or what a picture a multiprocessor needs; larger batches go through in parts
 SMALL_PICTURE = 128 * 128  # pixels
 _measuring = threading.Lock()
 _streams = threading.local()
@@ -132,17 +133,22 @@ def rtv_smooth(
 def cuda_unavailable(device: "torch.device | str" = "cuda") -> str | None:
     """Why pictures cannot be smoothed on this GPU; None when they can."""
     try:
-        from dtpm_fast import _rtv_cuda  # noqa: F401
+        from dtpm_fast import _rtv_cuda
     except ImportError:
         return "this build of dtpm_fast has no CUDA smoother; install it where nvcc is on the PATH"
     import torch
 
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
+    count, index = torch.cuda.device_count(), torch.device(device).index or 0
+    if index >= count:
+        return f"this machine has {count} CUDA device{'s' * (count > 1)}, counted from 0"
     capability = torch.cuda.get_device_capability(device)
     if capability < CUDA_OLDEST:
         return "the CUDA smoother is built for compute capability 8.0 and newer, this GPU has {}.{}".format(*capability)
-    return None
+    with torch.cuda.device(device):
+        reason = _rtv_cuda.unusable()
+    return f"the CUDA smoother was built for another driver or GPU than this one ({reason})" if reason else None
 
 
 def _smooth_tensor(
@@ -154,6 +160,7 @@ def _smooth_tensor(
         isinstance(out, torch.Tensor) and (out.shape, out.dtype, out.device) == (image.shape, image.dtype, image.device)
     ):
         raise ValueError(f"out must be a tensor like image: {tuple(image.shape)}, {image.dtype}, {image.device}")
+    _check_where(device, threads)
     if image.is_cuda or device != "cpu":
         result, info = _smooth_cuda(image, settings, image.device if image.is_cuda else device)
         if out is not None or not image.is_cuda:
@@ -243,8 +250,10 @@ def _smooth_cuda(
         raise ValueError(f"image has shape {tuple(image.shape)}: too large for CUDA; use device='cpu'")
     with torch.cuda.device(batch.device):
         with _measuring:  # else threads that start together all see the same memory free
-            room = min(CUDA_WORKSPACE_BYTES, free_cuda_memory(batch.device) // 2) // (each * real.itemsize)
-            part = max(1, min(count, room))
+            processors = torch.cuda.get_device_properties(batch.device).multi_processor_count
+            most = max(CUDA_WORKSPACE_BYTES, processors * each * real.itemsize)
+            room = min(most, free_cuda_memory(batch.device) // 2) // (each * real.itemsize)
+            part = _pictures_at_once(count, room, processors)
             workspace = torch.empty(part * each, dtype=real, device=batch.device)
         reports = torch.empty((count, iterations, 2), dtype=torch.int32, device=batch.device)
         for first in range(0, count, part):
@@ -265,13 +274,19 @@ def _smooth_cuda(
     return planes.permute(0, 2, 3, 1).to(image.dtype).reshape(image.shape), info
 
 
+def _pictures_at_once(count: int, room: int, processors: int) -> int:
+    """Of `count` pictures, a multiprocessor each, as many as there is room for; of several parts each fills the GPU."""
+    if count <= room:
+        return count
+    return max(1, room - room % processors if room > processors else room)
+
+
 def _check(array: np.ndarray, out: Any, settings: _Settings, device: str, threads: int) -> None:
     if array.dtype not in DTYPES:
         raise TypeError(f"image has dtype {array.dtype}; use uint8, uint16, float32 or float64")
     _check_shape(array.shape)
     settings.check()
-    if not (threads >= 0 and math.isfinite(threads)):
-        raise ValueError(f"threads={threads!r}; it must be >= 0")
+    _check_where(device, threads)
     if array.dtype.kind == "f":
         _check_range(float(array.min()), float(array.max()))
     if settings.solver == "direct":
@@ -282,12 +297,17 @@ def _check(array: np.ndarray, out: Any, settings: _Settings, device: str, thread
                 f"solver='direct' is for checking small pictures: {height}x{width} needs {needed / 2**30:.1f} GiB; "
                 "use solver='mic'"
             )
-    if not (isinstance(device, str) and (device == "cpu" or device.split(":")[0] == "cuda")):
-        raise ValueError(f"device={device!r}; use 'cpu', 'cuda' or 'cuda:N'")
     if out is not None and not (isinstance(out, np.ndarray) and out.shape == array.shape and out.dtype == array.dtype):
         raise ValueError(f"out must be a numpy array of shape {array.shape} and dtype {array.dtype}")
     if out is not None and not out.flags.writeable:
         raise ValueError("out is read-only")
+
+
+def _check_where(device: str, threads: int) -> None:
+    if not (threads >= 0 and math.isfinite(threads)):
+        raise ValueError(f"threads={threads!r}; it must be >= 0")
+    if not (isinstance(device, str) and re.fullmatch(r"cpu|cuda(:\d+)?", device)):
+        raise ValueError(f"device={device!r}; use 'cpu', 'cuda' or 'cuda:N'")
 
 
 def _check_shape(shape: tuple[int, ...]) -> None:

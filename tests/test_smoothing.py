@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import types
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -291,6 +292,9 @@ GOOD = np.zeros((8, 9, 3), np.float32)
         (GOOD, {"solver": "lu"}, ValueError, "solver='lu'"),
         (GOOD, {"mode": "fast"}, ValueError, "mode='fast'"),
         (GOOD, {"device": "tpu"}, ValueError, "device='tpu'"),
+        (GOOD, {"device": "cuda:-1"}, ValueError, "device='cuda:-1'"),
+        (torch.from_numpy(GOOD), {"device": "gpu"}, ValueError, "device='gpu'"),
+        (torch.from_numpy(GOOD), {"threads": -1}, ValueError, "threads=-1"),
         (GOOD, {"out": np.zeros((8, 9), np.float32)}, ValueError, "out must be"),
         (GOOD, {"out": np.zeros((8, 9, 3))}, ValueError, "out must be"),
         (np.zeros((2000, 2000), np.float32), {"solver": "direct"}, ValueError, "use solver='mic'"),
@@ -299,6 +303,14 @@ GOOD = np.zeros((8, 9, 3), np.float32)
 def test_bad_input(image: np.ndarray, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         rtv_smooth(image, **options)
+
+
+def test_the_smallest_sigma_blurs_nothing() -> None:
+    """Its square is 0."""
+    image = np.random.default_rng(13).random((20, 30, 3)).astype(np.float32)
+    np.testing.assert_array_equal(
+        rtv_smooth(image, sigma=1e-300, iterations=1), rtv_smooth(image, sigma=0.01, iterations=1)
+    )
 
 
 def test_weights_beyond_float32_are_an_error() -> None:
@@ -356,10 +368,29 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / ima
     assert float(done.stdout) <= 7
 
 
-def test_a_gpu_older_than_the_kernels_is_not_taken(monkeypatch):
-    monkeypatch.setitem(sys.modules, "dtpm_fast._rtv_cuda", types.ModuleType("_rtv_cuda"))
+def test_only_a_gpu_that_runs_the_kernels_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, capability, reason = types.ModuleType("_rtv_cuda"), (7, 5), "no kernel image is available"
+    module.unusable = lambda: reason  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dtpm_fast._rtv_cuda", module)
+    monkeypatch.setattr("dtpm_fast._rtv_cuda", module, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     assert smoothing.cuda_unavailable("cuda") == (
         "the CUDA smoother is built for compute capability 8.0 and newer, this GPU has 7.5"
     )
+    capability = (12, 0)
+    assert "another driver or GPU than this one (no kernel image is available)" in str(smoothing.cuda_unavailable())
+    with pytest.raises(RuntimeError, match="this machine has 2 CUDA devices, counted from 0"):
+        rtv_smooth(GOOD, device="cuda:2")
+    reason = ""
+    assert smoothing.cuda_unavailable("cuda:1") is None
+
+
+@pytest.mark.parametrize(
+    ("count", "room", "expected"),
+    [(8, 100, 8), (256, 256, 256), (256, 216, 132), (256, 300, 256), (600, 500, 396), (256, 50, 50), (3, 0, 1)],
+)
+def test_parts_of_a_batch_fill_the_gpu(count: int, room: int, expected: int) -> None:
+    assert smoothing._pictures_at_once(count, room, processors=132) == expected

@@ -91,7 +91,7 @@ public:
         for (int i = lane; i < H * W; i += T)
             for (int c = 0; c < C; ++c) b[skewed(i, c)] = x[skewed(i, c)] = planes[c * H * W + i];
         block.sync();
-        Real sigma = Real(options.sigma);
+        double sigma = options.sigma;  // in float32 a radius can come out one smaller than the CPU's
         for (int iteration = 0; iteration < options.iterations; ++iteration) {
             weights(sigma);
             factor();
@@ -99,7 +99,7 @@ public:
             for (int i = lane; i < H * W; i += T)
                 for (int c = 0; c < C; ++c) planes[c * H * W + i] = x[skewed(i, c)] + shift[c];
             block.sync();
-            sigma = sigma / 2 > Real(0.5) ? sigma / 2 : Real(0.5);
+            sigma = sigma / 2 > 0.5 ? sigma / 2 : 0.5;
         }
     }
 
@@ -189,13 +189,13 @@ private:
         block.sync();
     }
 
-    RTV_DEVICE void weights(Real sigma) {
-        const int radius = (int(floor(5 * double(sigma) + 0.5)) | 1) / 2, pixels = H * W;
+    RTV_DEVICE void weights(double sigma) {
+        const int radius = (int(floor(5 * sigma + 0.5)) | 1) / 2, pixels = H * W;
         if (lane == 0) {
             double sum = 0;
-            for (int i = -radius; i <= radius; ++i) sum += exp(-0.5 * i * i / (double(sigma) * sigma));
+            for (int i = -radius; i <= radius; ++i) sum += exp(-0.5 * (i / sigma) * (i / sigma));
             for (int i = -radius; i <= radius; ++i)
-                shared.taps[i + radius] = Real(exp(-0.5 * i * i / (double(sigma) * sigma)) / sum);
+                shared.taps[i + radius] = Real(exp(-0.5 * (i / sigma) * (i / sigma)) / sum);
         }
         block.sync();
         Real *across = z, *blurred = d;  // free meanwhile

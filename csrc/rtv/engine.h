@@ -209,9 +209,9 @@ private:
         const int radius = (int(std::floor(5 * sigma + 0.5)) | 1) / 2;
         std::vector<Real> taps(2 * size_t(radius) + 1);
         double sum = 0;
-        for (int i = -radius; i <= radius; ++i) sum += std::exp(-0.5 * i * i / (sigma * sigma));
+        for (int i = -radius; i <= radius; ++i) sum += std::exp(-0.5 * (i / sigma) * (i / sigma));
         for (int i = -radius; i <= radius; ++i)
-            taps[size_t(i + radius)] = Real(std::exp(-0.5 * i * i / (sigma * sigma)) / sum);
+            taps[size_t(i + radius)] = Real(std::exp(-0.5 * (i / sigma) * (i / sigma)) / sum);
 
         Real* const across = z;
         Real* const blurred = d;

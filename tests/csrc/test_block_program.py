@@ -59,6 +59,16 @@ def test_agrees_with_the_cpu_smoother(program: Path, shape: tuple[int, int, int]
     assert (reports["iterations"] >= 0).all()
 
 
+@pytest.mark.parametrize("sigma", [2.3, 4.6])
+def test_the_gaussian_reaches_as_far_as_the_cpus(program: Path, sigma: float) -> None:
+    """5 sigma + 1/2 is a whole number here, which sigma rounded to float32 falls short of."""
+    image = np.random.default_rng(3).random((24, 30, 1)).astype(np.float32)
+    settings = 0.02, sigma, 0.02, 2
+    expected = rtv_smooth(image, *settings, tol=4e-5)
+    result, _ = run(program, image, *settings, 1e-5)
+    np.testing.assert_allclose(result, expected, rtol=0, atol=0.05 / 255)
+
+
 @pytest.mark.parametrize("lam", [1e8, 1e39], ids=["goes nowhere", "not finite"])
 def test_a_solve_that_does_not_converge_says_so(program: Path, lam: float) -> None:
     """Where the CPU smoother raises: weights beyond float32."""
