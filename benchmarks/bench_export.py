@@ -21,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ import torch
 
 from dtpm_fast.config import Config
 from dtpm_fast.device import choose_device
+from dtpm_fast.errors import UserError
+from dtpm_fast.exit_code import run as run_command
 from dtpm_fast.export.compare import stepped
 from dtpm_fast.export.manifest import read_manifest
 from dtpm_fast.export.restorer import open_stepper
@@ -53,7 +57,7 @@ print(imported - start, opened - imported, time.perf_counter() - opened)
 """
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="light")
     parser.add_argument("--random", metavar="PRESET", help="random weights of this preset instead")
@@ -66,11 +70,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    device, _ = choose_device(options.device)
-    with tempfile.TemporaryDirectory() as temporary:
-        if options.random:
-            options.weights = str(random_weights(options.random, options.task, Path(temporary)))
-        measure(options, device, Path(temporary))
+
+    def work() -> int:
+        device, _ = choose_device(options.device)
+        with tempfile.TemporaryDirectory() as temporary:
+            if options.random:
+                options.weights = str(random_weights(options.random, options.task, Path(temporary)))
+            measure(options, device, Path(temporary))
+        return 0
+
+    return run_command(work)
 
 
 def random_weights(preset: str, task: str, folder: Path) -> Path:
@@ -82,7 +91,10 @@ def random_weights(preset: str, task: str, folder: Path) -> Path:
 
 
 def measure(options: argparse.Namespace, device: torch.device, temporary: Path) -> None:
-    rows: dict[str, dict[str, float]] = {kind: exported(options, kind, temporary / kind) for kind in options.formats}
+    rows: dict[str, dict[str, Any]] = {}
+    for kind in options.formats:
+        with kept_error(rows, kind):
+            rows[kind] = exported(options, kind, temporary / kind)
     weights = find_weights(options.weights, options.task)
     model = load_model(weights, 2).requires_grad_(False).to(device)
     steps = make_steps(weights.config, options.steps)
@@ -95,14 +107,15 @@ def measure(options: argparse.Namespace, device: torch.device, temporary: Path) 
         "plan": lambda: sample(plan, plan.prepare(image), noise),
     }
     weights_mib = sum(value.numel() * 4 for value in model.state_dict().values()) / 2**20
-    for row in rows.values():
+    for row in (row for row in rows.values() if "error" not in row):
         row["peak_times_weights"] = (row["export_peak_mib"] - row["imports_mib"]) / weights_mib
     if options.rounds:
-        for kind in options.formats:
-            folder = temporary / kind
-            rows[kind].update(cold_start(folder, options.device, sides[0]))
-            stepper, _, _ = open_stepper(folder, read_manifest(folder), options.device, torch.get_num_threads())
-            candidates[kind] = functools.partial(stepped(stepper), image, noise)
+        for kind in (kind for kind in options.formats if "error" not in rows[kind]):
+            with kept_error(rows, kind):
+                folder = temporary / kind
+                rows[kind].update(cold_start(folder, options.device, sides[0]))
+                stepper, _, _ = open_stepper(folder, read_manifest(folder), options.device, torch.get_num_threads())
+                candidates[kind] = functools.partial(stepped(stepper), image, noise)
         times: dict[str, list[float]] = {name: [] for name in candidates}
         with torch.inference_mode():
             for _ in range(options.rounds + 1):
@@ -114,8 +127,8 @@ def measure(options: argparse.Namespace, device: torch.device, temporary: Path) 
                     times[name].append(time.perf_counter() - start)
         for name, seconds in times.items():
             rows.setdefault(name, {})["latency_s"] = statistics.median(seconds[1:])
-        for row in rows.values():
-            row["times_reference"] = rows["reference"]["latency_s"] / row["latency_s"]
+        for name in times:
+            rows[name]["times_reference"] = rows["reference"]["latency_s"] / rows[name]["latency_s"]
     record = {
         "weights": weights.path.name, "preset": weights.config.model.preset, "steps": options.steps,
         "precision": options.precision, "size": sides, "device": str(device), "threads": torch.get_num_threads(),
@@ -125,6 +138,16 @@ def measure(options: argparse.Namespace, device: torch.device, temporary: Path) 
     print(json.dumps(record, indent=1))
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+@contextmanager
+def kept_error(rows: dict[str, dict[str, Any]], kind: str) -> Iterator[None]:
+    """A format that cannot be made or run here becomes a row with its error: the others are still measured."""
+    try:
+        yield
+    except (subprocess.CalledProcessError, UserError, RuntimeError) as error:
+        said = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1:]
+        rows.setdefault(kind, {})["error"] = said[0] if said else type(error).__name__
 
 
 def exported(options: argparse.Namespace, kind: str, folder: Path) -> dict[str, float]:
@@ -167,4 +190,4 @@ def cold_start(folder: Path, device: str, side: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

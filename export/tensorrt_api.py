@@ -27,12 +27,15 @@ def tensorrt() -> Any:
 
 
 def listener(trt: Any) -> Any:
-    """A logger that keeps the errors that TensorRT reports, so that a failure can be told in one line (`cause`)."""
-    return _listener_class(trt)()
+    """The process's logger, for one operation: it keeps the errors that TensorRT reports from now on, so that a failure
+    can be told in one line (`cause`). One and never freed: TensorRT goes on with the first that it was given."""
+    log = _listener(trt)
+    log.errors.clear()
+    return log
 
 
 @cache
-def _listener_class(trt: Any) -> type:
+def _listener(trt: Any) -> Any:
     class Listener(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)  # the bindings ask for this form
@@ -46,7 +49,7 @@ def _listener_class(trt: Any) -> type:
         def cause(self) -> str:
             return self.errors[0].splitlines()[0] if self.errors and self.errors[0] else "TensorRT gave no reason"
 
-    return Listener
+    return Listener()
 
 
 def place(trt: Any, device: torch.device) -> dict[str, str]:

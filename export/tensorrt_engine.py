@@ -16,11 +16,11 @@ class Engine:
     def __init__(self, plan: bytes, name: str) -> None:
         self.trt, self.name = tensorrt(), name
         trt = self.trt
-        self.log = listener(trt)
-        self.runtime = trt.Runtime(self.log)
+        log = listener(trt)
+        self.runtime = trt.Runtime(log)
         self.engine = self.runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
-            raise UserError(f"{name}: TensorRT {trt.__version__} cannot load the engine ({self.log.cause})")
+            raise UserError(f"{name}: TensorRT {trt.__version__} cannot load the engine ({log.cause})")
         dtypes = {
             trt.DataType.FLOAT: torch.float32,
             trt.DataType.HALF: torch.float16,
@@ -61,17 +61,14 @@ class Context:
 
     def __init__(self, engine: Engine, profile: int, shapes: dict[str, tuple[int, ...]], stream: int) -> None:
         trt = engine.trt
-        self.engine = engine
+        self.engine, log = engine, listener(trt)
         # Memory for this profile alone: by default a context takes what the largest profile needs.
         self.context = engine.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
-        if self.context is None:
-            raise NoRoom(f"{engine.name}: no room on the GPU to run the engine ({engine.log.cause})")
-        fits = self.context.set_optimization_profile_async(profile, stream)
-        for name in engine.inputs:
-            fits = fits and self.context.set_input_shape(name, shapes[name])
-        missing = list(self.context.infer_shapes()) if fits else []
-        if not fits or missing:
-            raise UserError(f"{engine.name}: the shapes do not fit the engine's profile {profile} ({engine.log.cause})")
+        if self.context is None or not self.context.set_optimization_profile_async(profile, stream):
+            raise NoRoom(f"{engine.name}: no room on the GPU to run the engine ({log.cause})")
+        fits = all(self.context.set_input_shape(name, shapes[name]) for name in engine.inputs)
+        if not fits or list(self.context.infer_shapes()):
+            raise UserError(f"{engine.name}: the shapes do not fit the engine's profile {profile} ({log.cause})")
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, an output's among them."""
@@ -87,8 +84,9 @@ class Context:
 
     def run(self, stream: int) -> None:
         """Enqueue on a stream, not the default one: there TensorRT would synchronise the whole device."""
+        log = listener(self.engine.trt)
         if not self.context.execute_async_v3(stream):
-            raise UserError(f"{self.engine.name}: TensorRT failed while running ({self.engine.log.cause})")
+            raise UserError(f"{self.engine.name}: TensorRT failed while running ({log.cause})")
 
 
 def run_once(engine: Engine, profile: int, given: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

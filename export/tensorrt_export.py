@@ -104,7 +104,8 @@ def compare_engines(folder: Path, manifest: Manifest, reference: Reference, devi
     run: Callable[[Tensor, Tensor, int], Tensor]
     if "restore" in manifest.graphs:
         file = folder / manifest.graphs["restore"].file
-        engine = Engine(file.read_bytes(), str(file))
+        with torch.cuda.device(device):
+            engine = Engine(file.read_bytes(), str(file))
 
         def run(image: Tensor, noise: Tensor, bucket: int) -> Tensor:
             return run_once(engine, bucket, {"image": image, "noise": noise}, device)["restored"]

@@ -7,7 +7,7 @@ folder of photos come once, and a capture costs a run of the steps), replays for
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,15 +130,12 @@ class TensorRTStepper:
         if key not in self.shapes:
             while len(self.shapes) >= CAPACITY:
                 self.shapes.popitem(last=False)
-            try:
+            with suppress(torch.OutOfMemoryError, NoRoom):
                 self.shapes[key] = self._new_shape(bucket, size)
-            except (torch.OutOfMemoryError, NoRoom):
-                if not self.shapes:
-                    raise
             if key not in self.shapes:  # here the error, and the tensors that it kept, are gone
                 torch.cuda.synchronize(self.device)
                 self.shapes.clear()  # what other sizes hold is worth less than this one
-                torch.cuda.empty_cache()
+                torch.cuda.empty_cache()  # and TensorRT takes its memory beside PyTorch's
                 self.shapes[key] = self._new_shape(bucket, size)
         self.shapes.move_to_end(key)
         return self.shapes[key]

@@ -83,6 +83,14 @@ def test_what_the_minutes_cut_off_is_left_for_the_next_run(
     code, found = run(rows, "--minutes", "0.03")
     assert code == 0 and found["a"]["state"] == "unfinished" and "b" not in found
     assert "unfinished: a\nnot run: b" in capsys.readouterr().out
+    code, found = run(rows, "--minutes", "0.03")  # b, which has had no turn yet, and then the long one again
+    assert found["a"]["state"] == "unfinished" and found["b"]["state"] == "passed"
+
+
+def test_a_row_that_can_go_on_is_not_failed_by_its_time(script: ModuleType, run: Run) -> None:
+    command = 'echo \'{"cuda": {"512x512 batch 256": {"images_per_s": 400}}}\' > "$OUT/rtv.json"; sleep 30 # --resume'
+    _, found = run([("a", 1, command, script.smoothing)])
+    assert found["a"]["state"] == "unfinished" and found["a"]["figures"][0]["holds"] is True
 
 
 COMMAND = [sys.executable, str(ROOT / "scripts" / "gpu_check.py")]
@@ -136,14 +144,18 @@ def test_the_kernels_judge_reads_what_the_benchmark_writes(script: ModuleType, t
 
 def test_the_restoring_judge(script: ModuleType, tmp_path: Path) -> None:
     example = recorded("restore-epyc-2-cores.json")["results"][0]
+    seconds = {"graph": 1, "eager": 7, "reduce-overhead": 1.5}
+    rows = [example | {"row": f"{name} bfloat16", "median_s": value} for name, value in seconds.items()]
+    write(tmp_path, "restore.json", {"results": rows})
+    judge = script.restoring("restore.json", eager=7, reduce_overhead=1.6, compiled=2)
+    assert [figure.holds for figure in judge(tmp_path, "")] == [True, False, False]
+    assert {"row", "median_s"} <= example.keys()
 
-    def row(name: str, height: int, seconds: float, steps: int = 4) -> dict[str, Any]:
-        return example | {"row": f"{name} bfloat16", "height": height, "median_s": seconds, "steps": steps}
 
-    rows = [row("graph", 256, 1), row("graph", 256, 9, steps=10), row("eager", 256, 7), row("compiled", 1080, 3)]
-    write(tmp_path, "restore.json", {"results": [*rows, row("graph", 1080, 2)]})
-    assert [figure.holds for figure in script.restoring(tmp_path, "")] == [True, False, False]
-    assert {"row", "height", "median_s", "steps"} <= example.keys()
+def test_rows_of_tests_hold_where_most_have_run(script: ModuleType, tmp_path: Path) -> None:
+    lines = {"3 passed in 1s": True, "2 passed, 1 skipped in 1s": True, "20 skipped in 1s": False, "": False}
+    lines["1 passed, 24 skipped in 1s"] = False
+    assert {line: script.tests(tmp_path, f"...\n{line}\n")[0].holds for line in lines} == lines
 
 
 def test_the_training_judge(script: ModuleType, tmp_path: Path) -> None:
@@ -158,6 +170,16 @@ def test_the_training_judge(script: ModuleType, tmp_path: Path) -> None:
     write(tmp_path, "train.json", {"rows": rows})
     assert [figure.holds for figure in script.training(tmp_path, "")] == [True] * 3 + [False] * 3
     assert {"preset", "stage", "form", "ms", "memory_mib"} <= example.keys()
+
+
+def test_the_judge_of_exports(script: ModuleType, tmp_path: Path) -> None:
+    record = recorded("export-light-2-cores.json")
+    record["rows"]["onnx"] = {"error": "no CUDA provider"}
+    write(tmp_path, "export.json", record)
+    assert {figure.holds for figure in script.exporting(tmp_path, "")} == {True, None}
+    record["rows"]["aoti"] = {"error": "any"}
+    write(tmp_path, "export.json", record)
+    assert False in {figure.holds for figure in script.exporting(tmp_path, "")}
 
 
 def test_the_smoothing_judge_and_that_of_the_figures(script: ModuleType, tmp_path: Path) -> None:

@@ -51,6 +51,12 @@ class Log : public nvinfer1::ILogger {
   std::string first_;
 };
 
+// One and never freed: TensorRT goes on with the first that it was given, whichever restorer that belonged to.
+Log& process_log() {
+  static Log& log = *new Log;
+  return log;
+}
+
 class DeviceMemory {
  public:
   explicit DeviceMemory(size_t bytes) : bytes(bytes) { check(cudaMalloc(&data, bytes), "cudaMalloc"); }
@@ -339,7 +345,7 @@ class TensorRT : public Backend {
 
   Manifest manifest_;
   int device_ = 0;
-  Log log_;
+  Log& log_ = process_log();
   Stream stream_;
   std::unique_ptr<nvinfer1::IRuntime> runtime_;  // outlives the engines, they their contexts
   std::unique_ptr<nvinfer1::ICudaEngine> prepare_, step_;

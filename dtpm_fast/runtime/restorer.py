@@ -290,7 +290,8 @@ def _out_of_memory(error: BaseException | None) -> bool:
     """Also where a failing graph capture was the answer to it."""
     if error is None:
         return False
-    said = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED")  # the system's, CUDA's and Triton's, cuBLAS's
+    # The system's, CUDA's and Triton's, cuBLAS's, and cuDNN's where no convolution found room for its workspace.
+    said = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED", "unable to find an engine")
     here = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in said)
     return here or _out_of_memory(error.__context__)
 

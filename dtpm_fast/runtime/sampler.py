@@ -79,7 +79,7 @@ def make_steps(config: Config, steps: int, sampler: str = "ddim") -> Steps:
 def sample(stepper: Stepper, conditions: Conditions, noise: Tensor) -> Tensor:
     """All steps: noise (fields, 3, H, W) to the restored picture clip(y_eps + residual, -1, 1), (B, 3, H, W)."""
     y_eps = conditions["y_eps"]
-    x = noise[:1].expand_as(y_eps)
+    x = torch.empty_like(y_eps).copy_(noise[:1])  # in y_eps's layout, or compilers take the first step for another
     previous = torch.zeros_like(y_eps)
     fresh = 1
     for i, sigma in enumerate(stepper.steps.sigmas):

@@ -25,6 +25,7 @@ from dtpm_fast.export.manifest import read_manifest, write_manifest
 from dtpm_fast.export.onnx_graph import structure
 from dtpm_fast.export.ort import OrtStepper
 from dtpm_fast.export.restorer import ExportedRestorer
+from dtpm_fast.export.tensorrt_api import listener, tensorrt
 from dtpm_fast.export.tensorrt_buckets import Bucket, choose_bucket
 from dtpm_fast.export.tensorrt_build import BuildSettings, build_engine
 from dtpm_fast.export.tensorrt_engine import Context, Engine, NoRoom
@@ -206,6 +207,36 @@ def test_other_sizes_give_their_memory_back(engines: Path, fake: Fake, monkeypat
     with pytest.raises(NoRoom, match=r"step\.plan: no room on the GPU"):
         stepper.restore(torch.zeros(1, 3, 8, 8), noise[..., :8])
     assert not alive
+
+
+def test_a_profile_whose_memory_is_refused_is_no_room(
+    engines: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT takes the memory when the profile is chosen, and says False."""
+    context = sys.modules["tensorrt"].IExecutionContext
+    choose, refused = context.set_optimization_profile_async, 1
+
+    def refuse(self: Any, profile: int, stream: int) -> bool:
+        nonlocal refused
+        refused -= 1
+        return refused < 0 and choose(self, profile, stream)
+
+    stepper = TensorRTStepper(engines, read_manifest(engines), CPU)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(context, "set_optimization_profile_async", refuse)
+    noise = torch.randn(stepper.manifest.noise_fields, 3, 8, 8)
+    stepper.restore(torch.zeros(1, 3, 8, 8), noise)  # at the second try
+    stepper.shapes.clear()
+    refused = 2
+    with pytest.raises(NoRoom, match="no room on the GPU"):
+        stepper.restore(torch.zeros(1, 3, 8, 8), noise)
+
+
+def test_an_error_of_before_is_not_told_again(engines: Path, fake: Fake) -> None:
+    log = listener(tensorrt())
+    log.log(log.Severity.ERROR, "of another operation")
+    assert log.cause == "of another operation"
+    assert listener(tensorrt()) is log and log.cause == "TensorRT gave no reason"
 
 
 def test_new_weights_in_running_engines(

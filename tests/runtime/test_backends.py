@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.testing import CompileCounter
 
 from dtpm_fast import Restorer
 from dtpm_fast.errors import UserError
@@ -47,6 +48,27 @@ def test_a_backend_keeps_its_bound(
 
 
 @pytest.mark.slow
+def test_the_compiled_backend_compiles_each_part_once_for_a_size(
+    random_model: Callable[..., tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever layout the picture comes in: the steps' own pictures all have one."""
+    counters: list[CompileCounter] = []
+
+    def counted(module: nn.Module, original: Callable[..., nn.Module] = torch.compile) -> nn.Module:
+        counters.append(CompileCounter())
+        return original(module, backend=counters[-1])
+
+    monkeypatch.setattr(torch, "compile", counted)
+    model, config = random_model()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.compiler.reset()
+        counters.clear()
+        stepper, _ = choose_backend("compiled", model, make_steps(config, 3), CPU, "float32")
+        image = torch.rand(1, 3, 32, 48).contiguous(memory_format=layout) * 2 - 1
+        stepper.restore(image, torch.randn(1, 3, 32, 48))
+        assert [counter.frame_count for counter in counters] == [1, 1]
+
+
 def test_the_compiled_backend_keeps_its_bound_for_every_size(random_model: Callable[..., tuple]) -> None:
     model, config = random_model(encoder_blocks=[1], decoder_blocks=[1], predictor="none")
     steps = make_steps(config, 2)
