@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,7 +134,8 @@ def _restored(
     for number, (source, target) in enumerate(tqdm(jobs, unit="photo", disable=None)):
         try:
             photo = read_image(source)
-            result = restorer(photo)
+            with _tiles_bar(restorer):
+                result = restorer(photo)
             write_image(target, result)
             if number in shown:
                 predicted = restorer.predict(photo)
@@ -142,6 +144,23 @@ def _restored(
         except (UserError, RuntimeError, MemoryError) as error:  # a photo that fails does not keep others from theirs
             cause = next(iter(str(error).splitlines()), "out of memory")  # CUDA's and the compiler's have many lines
             failures.append(cause if str(source) in cause else f"{source}: {cause}")
+
+
+@contextmanager
+def _tiles_bar(restorer: "Restorer") -> Iterator[None]:
+    """A second bar, below that of the photos, while a large one goes in tiles for longer than a second."""
+    with tqdm(unit="tile", position=1, leave=False, delay=1, disable=None) as bar:
+
+        def show(done: int, of: int) -> None:
+            if bar.total != of:  # the first, or smaller tiles than before
+                bar.reset(of)
+            bar.update(done - bar.n)
+
+        restorer.progress = show
+        try:
+            yield
+        finally:
+            restorer.progress = None
 
 
 def _write_report(

@@ -25,7 +25,7 @@ from dtpm_fast.runtime.reference import Reference
 from dtpm_fast.runtime.sampler import Stepper, make_steps
 from dtpm_fast.runtime.shipped import find_weights, is_export, locate
 from dtpm_fast.runtime.task_swap import TaskSwap
-from dtpm_fast.runtime.tiling import SMALLEST, Tiled
+from dtpm_fast.runtime.tiling import SMALLEST, Progress, Tiled
 from dtpm_fast.weights_file import Weights, load_model
 
 logger = logging.getLogger("dtpm_fast")
@@ -49,6 +49,8 @@ class Restorer:
 
     Raises `UserError` for settings out of range and for CUDA where there is none.
     """
+
+    progress: Progress | None = None  # what is told how far a picture is that goes in tiles (`Tiled`)
 
     def __init__(
         self,
@@ -231,7 +233,7 @@ class Restorer:
             try:
                 if core is None:
                     return what(self.backend, y_d, noise)
-                return what(Tiled(self._tiling_plan(), core, self.multiple), y_d, noise)
+                return what(Tiled(self._tiling_plan(), core, self.multiple, progress=self.progress), y_d, noise)
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise

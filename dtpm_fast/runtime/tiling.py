@@ -19,6 +19,7 @@ from dtpm_fast.runtime.plan import Plan
 from dtpm_fast.runtime.sampler import Conditions, sample
 from dtpm_fast.runtime.unet import Mean, own_mean
 
+Progress = Callable[[int, int], None]
 OVERLAP = 64  # pixels that a window reaches beyond its core, on each side
 SMALLEST = 128  # the smallest core worth its overlap
 
@@ -85,13 +86,17 @@ class Tiled:
     Args:
         plan: not of fused kernels, which cannot take channel attention's mean from outside.
         core: pixels on a side of a window's core; it reaches `overlap` further on every side.
+        progress: called after every window with how many times one has been through a network, and of how many in all.
     """
 
-    def __init__(self, plan: Plan, core: int, multiple: int, overlap: int = OVERLAP) -> None:
+    def __init__(
+        self, plan: Plan, core: int, multiple: int, overlap: int = OVERLAP, progress: Progress | None = None
+    ) -> None:
         if plan.form == "kernels":
             raise UserError("tiles need a plan of folded blocks, not of fused kernels")
         self.plan, self.steps = plan, plan.steps
         self.core, self.multiple, self.overlap = core, multiple, overlap
+        self.progress, self.done = progress, 0
 
     def prepare(self, y_d: Tensor) -> Conditions:
         """Only pictures: the windows' own conditions are made anew in every step, and not kept."""
@@ -125,12 +130,20 @@ class Tiled:
             sums: dict[int, tuple[Tensor, int]] = {}
             for window in tiles:
                 network(window, _recorder(sums, window))
+                self._tell(2 * len(tiles))
             mean = _given({number: total / pixels for number, (total, pixels) in sums.items()})
         blended = torch.zeros_like(like)
         for window in tiles:
             output = network(window, mean)
             window.of(blended).add_(output * blend_weight(window, height, width, self.overlap).to(output))
+            self._tell(2 * len(tiles) if len(tiles) > 1 else 1)
         return blended
+
+    def _tell(self, in_a_network: int) -> None:
+        self.done += 1
+        if self.progress is not None:
+            networks = len(self.steps) + (self.plan.prepare_module.predictor is not None)
+            self.progress(self.done, in_a_network * networks)
 
 
 def _recorder(sums: dict[int, tuple[Tensor, int]], window: Window) -> Mean:

@@ -73,11 +73,14 @@ def test_tiles_give_the_untiled_picture_also_at_their_seams(random_model: Callab
     y_d, noise = smooth_picture(256, 384), noise_fields(0, 256, 384)
     with torch.inference_mode():
         whole = plan.restore(y_d, noise)
-        tiled = Tiled(plan, 128, model.multiple, overlap=32)
+        told: list[tuple[int, int]] = []
+        tiled = Tiled(plan, 128, model.multiple, overlap=32, progress=lambda *how_far: told.append(how_far))
         difference = (tiled.restore(y_d, noise) - whole).double()
     assert psnr(difference) >= 92  # windows with means of their own: 63 to 91 dB; a window's borders counted twice: 80
     tiles = windows(256, 384, 128, model.multiple, 32)
     assert len(tiles) > 4
+    networks = 3 + (config.model.predictor != "none")
+    assert told == [(number, 2 * len(tiles) * networks) for number in range(1, 2 * len(tiles) * networks + 1)]
     for window in tiles:
         if window.rows.core_start:
             assert psnr(difference[:, :, window.rows.core_start - 8 : window.rows.core_start + 8]) >= 50
@@ -99,8 +102,11 @@ def test_one_window_is_the_plan_itself(random_model: Callable[..., tuple], setti
     model, config = random_model(**settings)
     plan = Plan(model, make_steps(config, 2))
     y_d, noise = smooth_picture(32, 48), noise_fields(0, 32, 48, plan.steps.noise_fields)
+    told: list[tuple[int, int]] = []
+    tiled = Tiled(plan, 128, model.multiple, progress=lambda *how_far: told.append(how_far))
     with torch.inference_mode():
-        assert torch.equal(Tiled(plan, 128, model.multiple).restore(y_d, noise), plan.restore(y_d, noise))
+        assert torch.equal(tiled.restore(y_d, noise), plan.restore(y_d, noise))
+    assert told == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_fused_kernels_are_refused(random_model: Callable[..., tuple]) -> None:
