@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from dtpm_fast.kernels.block import block_weights, check_weights, denoising_block
 
@@ -98,7 +99,8 @@ def accelerate_nafnet(model: nn.Module | Checkpoint, checkpoint: Checkpoint | No
             file of one (.safetensors, else PyTorch's own format, of which tensors alone are read).
 
     Raises: `ValueError` when there is no block or no checkpoint, when the weights do not fit, and for what the kernels
-        would compute differently: dropout, channel attention of local windows, expansions other than 2.
+        would compute differently: dropout, another padding or dilation of conv2, channel attention of local windows,
+            expansions other than 2.
     """
     if not isinstance(model, nn.Module):
         if checkpoint is not None:
@@ -203,14 +205,27 @@ def _is_block(module: nn.Module) -> bool:
         return False
 
 
+# What conv2's shape does not tell: the settings that the kernels compute, the usual one first.
+_CONV2: dict[str, list[Any]] = {
+    "stride": [(1, 1)],
+    "padding": [(1, 1), "same"],
+    "dilation": [(1, 1)],
+    "padding_mode": ["zeros"],
+}
+
+
 def _refuse_what_differs(block: nn.Module) -> None:
     """Raises `ValueError` for a block whose parameters have NAFNet's names, but which computes something else."""
     kind = type(block).__name__
     weights = block_weights(block)
     check_weights(weights, weights.conv1_weight)
     for name, module in block.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
+        if isinstance(module, _DropoutNd) and module.p > 0:
             raise ValueError(f"{name} of {kind} drops out with p = {module.p}, which the kernels do not")
+    for name, computed in _CONV2.items():
+        given = getattr(block.conv2, name, computed[0])
+        if given not in computed:
+            raise ValueError(f"conv2 of {kind} has {name} = {given!r}, and the kernels compute {computed[0]!r}")
     pool = block.get_submodule("sca.0")
     if not (isinstance(pool, nn.AdaptiveAvgPool2d) and pool.output_size in (1, (1, 1))):
         raise ValueError(f"sca.0 of {kind} is {pool}, and the kernels take the mean over the whole map")

@@ -38,7 +38,7 @@ class Gate(nn.Module):
 
 
 class StockBlock(nn.Module):
-    def __init__(self, c: int, dropout: float = 0.0) -> None:
+    def __init__(self, c: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(c, 2 * c, 1)
         self.conv2 = nn.Conv2d(2 * c, 2 * c, 3, padding=1, groups=2 * c)
@@ -49,7 +49,7 @@ class StockBlock(nn.Module):
         self.conv5 = nn.Conv2d(c, c, 1)
         self.norm1 = LayerNorm2d(c)
         self.norm2 = LayerNorm2d(c)
-        self.dropout1 = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout1: nn.Module = nn.Dropout(0.0)
         self.beta = nn.Parameter(torch.randn(1, c, 1, 1))
         self.gamma = nn.Parameter(torch.randn(1, c, 1, 1))
 
@@ -203,8 +203,11 @@ def test_one_block_alone() -> None:
 def test_refuses_what_it_would_change() -> None:
     with pytest.raises(ValueError, match="model Linear has no NAFNet block"):
         accelerate_nafnet(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="dropout1 of StockBlock drops out"):
-        accelerate_nafnet(StockBlock(4, dropout=0.5))
+    dropping = StockBlock(4)
+    for kind in (nn.Dropout, nn.Dropout2d, nn.AlphaDropout):
+        dropping.dropout1 = kind(0.5)
+        with pytest.raises(ValueError, match="dropout1 of StockBlock drops out"):
+            accelerate_nafnet(dropping)
     with pytest.raises(ValueError, match="checkpoint does not fit the model"):
         accelerate_nafnet(random_nafnet(16), random_nafnet(8).state_dict())
     local, wide = StockBlock(4), StockBlock(4)
@@ -218,3 +221,27 @@ def test_refuses_what_it_would_change() -> None:
     uneven.norm1.eps = 1e-5
     with pytest.raises(ValueError, match="different eps"):
         accelerate_nafnet(uneven)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"padding_mode": "reflect", "padding": 1}, "padding_mode = 'reflect', and the kernels compute 'zeros'"),
+        ({"padding": 0}, r"padding = \(0, 0\), and the kernels compute \(1, 1\)"),
+        ({"padding": 2, "dilation": 2}, r"padding = \(2, 2\)"),
+        ({"padding": "same", "dilation": 2}, r"dilation = \(2, 2\)"),
+        ({"padding": 1, "stride": 2}, r"stride = \(2, 2\)"),
+    ],
+)
+def test_refuses_another_conv2_of_the_same_shape(settings: dict[str, Any], message: str) -> None:
+    block = StockBlock(4)
+    block.conv2 = nn.Conv2d(8, 8, 3, groups=8, **settings)
+    with pytest.raises(ValueError, match=f"conv2 of StockBlock has {message}"):
+        accelerate_nafnet(block)
+
+
+def test_takes_a_conv2_that_pads_to_the_same_size() -> None:
+    block = StockBlock(4)
+    block.conv2 = nn.Conv2d(8, 8, 3, padding="same", groups=8)
+    x = torch.randn(2, 4, 5, 6)
+    torch.testing.assert_close(accelerate_nafnet(block)(x), block(x))
