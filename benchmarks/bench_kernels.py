@@ -59,6 +59,7 @@ from dtpm_fast.kernels.traffic import (
     TRAINING_FORWARD,
     WIDE_BACKWARD,
     WIDE_FORWARD,
+    WIDE_FROZEN_BACKWARD,
     adapter_inputs,
     block_inputs,
     total,
@@ -222,6 +223,8 @@ def _moved(operation: str, direction: str, channels: int) -> float:
     forward, backward = total(WIDE_FORWARD), total(WIDE_BACKWARD)
     if operation == "adapted_block":
         return forward + sum(ADAPTER)
+    if operation == "frozen_block":
+        return total(WIDE_FROZEN_BACKWARD)
     return {"forward": forward, "inference": forward, "backward": backward, "both": forward + backward}[direction]
 
 

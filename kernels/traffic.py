@@ -60,6 +60,8 @@ WIDE_BACKWARD = {
     "dwconv_backward": Maps(2, 2),
     "adaln_conv1x1": Maps(11, 3),
 }
+# Of these without what the weights' gradients alone take.
+WIDE_FROZEN_BACKWARD = WIDE_BACKWARD | {"ffn": Maps(10, 7), "conv3": Maps(3, 1), "adaln_conv1x1": Maps(5, 2)}
 # y is written besides, and g, which is written anyway, is kept; the backward computes h once more.
 TRAINING_FORWARD = FORWARD | {"attention_ffn_forward": Maps(2, 2)}
 BACKWARD = {

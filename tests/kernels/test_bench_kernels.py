@@ -75,6 +75,12 @@ def test_every_row_is_kept_and_the_rest_resumed(
     assert not any("error" in form for row in json.loads(file.read_text())["rows"] for form in row["forms"].values())
 
 
+def test_the_prediction_leaves_out_what_frozen_weights_do(bench: ModuleType) -> None:
+    """By count; up to 128 channels the same kernels run, without their sums."""
+    counts = [[bench._moved(name, "backward", c) for c in (64, 256)] for name in ("block", "frozen_block")]
+    assert counts == [[23, 65], [23, 40]]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
 def test_without_a_gpu_it_says_so(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main([]) == 1
