@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dtpm_fast.kernels.adaln_triton import load_modulation, load_row, normalise, normalise_backward
+from dtpm_fast.kernels.adaln_triton import eps_of_pixels, load_modulation, load_row, normalise, normalise_backward
 from dtpm_fast.kernels.dispatch import Options
 from dtpm_fast.kernels.tiles import COMPILER, add_partials, empty_map, programs_per_sample, sum_pixels
 
@@ -129,7 +129,8 @@ def adaln_conv1x1_backward_kernel(
         x = tl.load(x_ptr + start + at, mask=mask, other=0.0)
         grad_a = tl.load(grad_ptr + 2 * start + p * 2 * CHANNELS + c, mask=mask, other=0.0)
         grad_b = tl.load(grad_ptr + 2 * start + p * 2 * CHANNELS + CHANNELS + c, mask=mask, other=0.0)
-        normal, rstd = normalise(x.to(tl.float32), in_c, CHANNELS, eps)
+        eps_p = eps_of_pixels(tile * BLOCK_P, BLOCK_P, pixels, eps)
+        normal, rstd = normalise(x.to(tl.float32), in_c, CHANNELS, eps_p)
         if not FROZEN:
             h = (normal * scale + shift).to(x.dtype)
             grad_weight_a = tl.dot(tl.trans(grad_a), h, grad_weight_a, input_precision="ieee")

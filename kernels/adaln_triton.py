@@ -51,13 +51,20 @@ def launch_options(channels: int, channels_last: bool) -> Options:
 
 @triton.jit
 def normalise(x, in_channels, CHANNELS: tl.constexpr, eps):
-    """(pixels, channels) in float32 to zero mean and unit variance over the channels, and 1/std, (pixels, 1)."""
+    """(pixels, channels) in float32 to zero mean and unit variance over the channels, and 1/std, (pixels, 1). `eps` is
+    one number, or (pixels,)."""
     mean = tl.sum(x, axis=1) / CHANNELS
     centred = tl.where(in_channels, x - mean[:, None], 0.0)
     # The first mean is off by its own rounding, which a large offset of the inputs makes visible.
     centred = tl.where(in_channels, centred - (tl.sum(centred, axis=1) / CHANNELS)[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / CHANNELS + eps)[:, None]
     return centred * rstd, rstd
+
+
+@triton.jit
+def eps_of_pixels(first, BLOCK_P: tl.constexpr, pixels, eps):
+    """`normalise`'s eps (P,) where pixels are summed: 1 behind the last of them, of which an eps of 0 makes 0 · inf."""
+    return tl.where(first + tl.arange(0, BLOCK_P) < pixels, eps, 1.0)
 
 
 @triton.jit
@@ -119,7 +126,7 @@ def adaln_backward_kernel(
         start, at = tile_offsets(sample, first, BLOCK_P, c, pixels, CHANNELS, CHANNELS_LAST)
         x = tl.load(x_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
-        normal, rstd = normalise(x, in_c, CHANNELS, eps)
+        normal, rstd = normalise(x, in_c, CHANNELS, eps_of_pixels(first, BLOCK_P, pixels, eps))
         grad_shift += sum_pixels(grad)
         grad_scale += sum_pixels(grad * normal)
         grad_x = normalise_backward(grad * (1.0 + scale), normal, rstd, CHANNELS)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from dtpm_fast.kernels.adaln_conv1x1_triton import block_of, load_weight, store_square
-from dtpm_fast.kernels.adaln_triton import load_modulation, load_row, normalise, normalise_backward
+from dtpm_fast.kernels.adaln_triton import eps_of_pixels, load_modulation, load_row, normalise, normalise_backward
 from dtpm_fast.kernels.adapter import Adapter
 from dtpm_fast.kernels.dispatch import Options
 from dtpm_fast.kernels.tiles import COMPILER, add_partials, empty_map, programs_per_sample, sum_pixels
@@ -175,7 +175,8 @@ def ffn_backward_kernel(
         start = (sample * pixels + tile * BLOCK_P) * CHANNELS
         at = p * CHANNELS + c
         y = tl.load(y_ptr + start + at, mask=mask, other=0.0)
-        normal, rstd = normalise(y.to(tl.float32), in_c, CHANNELS, eps)
+        eps_p = eps_of_pixels(tile * BLOCK_P, BLOCK_P, pixels, eps)
+        normal, rstd = normalise(y.to(tl.float32), in_c, CHANNELS, eps_p)
         h = (normal * scale + shift).to(y.dtype)
         weight_a = load_weight(weight4_ptr, 0, BLOCK_C, CHANNELS, CHANNELS, BLOCK_C)
         weight_b = load_weight(weight4_ptr + CHANNELS * CHANNELS, 0, BLOCK_C, CHANNELS, CHANNELS, BLOCK_C)

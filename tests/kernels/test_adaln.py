@@ -47,6 +47,20 @@ def test_triton_by_the_rule(
     assert_as_exact_as_eager(draw, NAMES)
 
 
+# In the interpreter, of pixels behind the last one, which no kernel may store or add up.
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered in:RuntimeWarning")
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_triton_without_an_eps(device: str, memory_format: torch.memory_format) -> None:
+    """The last tile is a part of one; its other pixels are 0 times an infinite 1/std."""
+    x = torch.randn(1, 48, 5, 7, device=device).contiguous(memory_format=memory_format)
+    inputs = [x, *torch.randn(2, 1, 48, device=device)]
+    inputs, grad = [tensor.requires_grad_() for tensor in inputs], torch.randn(1, 48, 5, 7, device=device)
+    out, expected = (function(*inputs, 0.0) for function in (adaln, adaln_ref))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    grads, wanted = (torch.autograd.grad(result, inputs, grad) for result in (out, expected))
+    torch.testing.assert_close(grads, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_oracle_is_the_definition() -> None:
     x, shift, scale = torch.randn(2, 6, 3, 4).double() + 100, torch.randn(2, 6).double(), torch.randn(2, 6).double()
     expected = torch.empty_like(x)
