@@ -52,6 +52,7 @@ from dtpm_fast.kernels.block import denoising_block_ref
 from dtpm_fast.kernels.channel_attention import channel_attention_ref
 from dtpm_fast.kernels.dispatch import TABLE
 from dtpm_fast.kernels.simple_gate import simple_gate_ref
+from dtpm_fast.kernels.timer import Timer
 from dtpm_fast.kernels.traffic import (
     ADAPTER,
     BACKWARD,
@@ -168,7 +169,7 @@ def _work(args: argparse.Namespace) -> int:
 
 
 def measure(
-    operation: str, channels: int, dtype: str, direction: str, args: argparse.Namespace, timer: "Timer", copy: float
+    operation: str, channels: int, dtype: str, direction: str, args: argparse.Namespace, timer: Timer, copy: float
 ) -> Row:
     """One row: every form of one operation, direction and shape. A form that fails leaves its error, no more."""
     side = max(args.size * 64 // channels, 1)
@@ -266,53 +267,6 @@ def _compiled(function: Callable[..., Tensor], mode: str) -> Callable[..., Tenso
     """For one shape. The compiler's own cache on disk serves an operation's three directions."""
     torch._functorch.config.donated_buffer = False  # "backward" runs one forward's backward many times
     return torch.compile(lambda *inputs: function(*inputs), mode=mode, dynamic=False)
-
-
-class Timer:
-    """Milliseconds of a step on the device, and of the host until all of it is launched."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.cache = torch.zeros(2**25 if device == "cuda" else 1, dtype=torch.int64, device=device)  # above any L2
-
-    def time(self, step: Callable[[], Any]) -> tuple[float, float]:
-        if self.device == "cpu":
-            since = time.perf_counter()
-            step()
-            spent = 1e3 * (time.perf_counter() - since)
-            return spent, spent
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.cache.sum()  # a read: what a write leaves in the L2 cache would be written back while the step is timed
-        torch.cuda._sleep(10_000_000)  # cycles, about 6 ms: longer than the host takes to launch a step
-        start.record()
-        since = time.perf_counter()
-        step()
-        launched = 1e3 * (time.perf_counter() - since)
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end), launched
-
-    def wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def peak_mib(self, step: Callable[[], Any]) -> float | None:
-        """What one step takes on top of what is allocated already."""
-        if self.device == "cpu":
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-
-    def copy_gb_per_s(self) -> float:
-        """Of a device copy, read and written, median of the rounds."""
-        source = torch.ones(2**28 if self.device == "cuda" else 2**22, dtype=torch.int8, device=self.device)
-        target = torch.empty_like(source)
-        spent = statistics.median(self.time(lambda: target.copy_(source))[0] for _ in range(10))
-        return 2 * source.numel() / (spent * 1e-3) / 1e9
 
 
 def _about(args: argparse.Namespace, timer: Timer) -> Row:

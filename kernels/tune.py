@@ -11,10 +11,12 @@ kernel and channel count, and what was not measured keeps the entry of the table
 import argparse
 import contextlib
 import datetime
+import functools
 import itertools
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,12 +33,14 @@ from dtpm_fast.exit_code import run
 from dtpm_fast.kernels import block_compute, dwconv_triton, wide_conv1x1_triton
 from dtpm_fast.kernels.block_compute import BlockWeights, Modulation
 from dtpm_fast.kernels.dispatch import ALWAYS, ANY, WIDE, Options, Table, read_table, table, using_table
+from dtpm_fast.kernels.timer import Timer
 from dtpm_fast.kernels.traffic import adapter_inputs, block_inputs
 
 CHANNELS = (32, 64, 128, 256, 512)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 BATCH = 8
 FEWEST_WIDE = 128  # channels
+ROUNDS = 7  # of a measurement, 6 ms and more each
 PATIENCE = 120  # seconds for a job that helpers compile ahead
 EPS = 1e-6
 
@@ -142,15 +146,24 @@ def tune(jobs: list[Job], found: Table, ready: Callable[[Job], Any], keep: Calla
 
 
 def _time(kernel: str, options: Options | None, step: Callable[[], Any]) -> float | None:
-    """Median milliseconds with a cold L2 cache; None where the tile does not fit the GPU. No options: not fused."""
+    """Median milliseconds of the GPU's own, with a cold L2 cache, as `bench_kernels.py` times them; None where the tile
+    does not fit the GPU. No options: not fused."""
+    timer = _timer()
     with _alone(kernel, options):
         try:
-            milliseconds: float = triton.testing.do_bench(step, warmup=5, rep=20, return_mode="median")
+            step()  # compiles what no process did ahead
+            timer.wait()
+            milliseconds = statistics.median(timer.time(step)[0] for _ in range(ROUNDS))
         except Exception as error:
             if not _does_not_compile(error):
                 raise
             return None
     return milliseconds
+
+
+@functools.cache
+def _timer() -> Timer:
+    return Timer("cuda")
 
 
 def _does_not_compile(error: Exception) -> bool:

@@ -14,6 +14,7 @@ from dtpm_fast.errors import UserError
 from dtpm_fast.kernels.device import INTERPRETED
 from dtpm_fast.kernels.dispatch import ANY, OPTIONS, TABLE, WIDE, Table, options_of, read_table, table, using_table
 from dtpm_fast.kernels.dwconv_triton import launch
+from dtpm_fast.kernels.timer import Timer
 
 STRIP = {"GROUPS": 8, "COLUMNS": 4, "BLOCK_C": 32, "ROWS": 16, "num_warps": 4}
 
@@ -154,7 +155,7 @@ def options_in(kernels: Table, kernel: str, channels: int) -> dict[str, int] | N
 def test_tuner_passes_over_tiles_that_do_not_fit_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     from dtpm_fast.kernels import tune as module
 
-    monkeypatch.setattr(module.triton.testing, "do_bench", lambda step, **_: step())
+    monkeypatch.setattr(module, "_timer", lambda: Timer("cpu"))
 
     def fails(error: Exception) -> Callable[[], float]:
         def step() -> float:
@@ -165,6 +166,10 @@ def test_tuner_passes_over_tiles_that_do_not_fit_and_nothing_else(monkeypatch: p
     too_large = module.triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
     for error in (too_large, RuntimeError("PassManager::run failed")):
         assert module._time("ffn_backward", None, fails(error)) is None
+    ran: list[int] = []
+    milliseconds = module._time("ffn_backward", None, lambda: ran.append(1))
+    assert milliseconds is not None and 0 <= milliseconds < 1000
+    assert len(ran) == 1 + module.ROUNDS
     with pytest.raises(RuntimeError, match="illegal memory access"):
         module._time("ffn_backward", None, fails(RuntimeError("CUDA error: an illegal memory access")))
 
