@@ -14,7 +14,6 @@ import datetime
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -31,6 +30,7 @@ from dtpm_fast.atomic import atomic_path
 from dtpm_fast.errors import UserError
 from dtpm_fast.exit_code import run
 from dtpm_fast.kernels import block_compute, dwconv_triton, wide_conv1x1_triton
+from dtpm_fast.kernels.ahead import Ahead
 from dtpm_fast.kernels.block_compute import BlockWeights, Modulation
 from dtpm_fast.kernels.dispatch import ALWAYS, ANY, WIDE, Options, Table, read_table, table, using_table
 from dtpm_fast.kernels.timer import Timer
@@ -112,19 +112,24 @@ def jobs_of(channels: tuple[int, ...], bits: tuple[int, ...]) -> list[Job]:
     return everywhere + by_channels
 
 
-def tune(jobs: list[Job], found: Table, ready: Callable[[Job], Any], keep: Callable[[Table, Job], Any]) -> Table:
-    """Time every candidate of each job and the form without the kernel; keep the fastest, or none where it loses.
+def tune(
+    jobs: list[Job], found: Table, ready: Callable[[Job], list[Options]], keep: Callable[[Table, Job], Any]
+) -> Table:
+    """Time each job's candidates that are `ready`, and the form without the kernel; keep the fastest, or none where it
+    loses.
 
     An entry also serves the smaller channel counts that have none. So a count at which the kernel loses, below one at
-    which it wins, gets an entry without options, which stands for the form without the kernel. `ready` is called before
-    a job, `keep` after it with the table so far.
+    which it wins, gets an entry without options, which stands for the form without the kernel. Where none of them is
+    ready, the entry stays. `ready` is called before a job, `keep` after it with the table so far.
     """
     with tqdm(jobs, unit="kernel", disable=None) as progress:
         for job in progress:
             progress.set_postfix_str(f"{job.kernel} C={job.channels} {job.bits} bits")
-            ready(job)
+            tried = ready(job)
+            if not tried and candidates(job):
+                keep(found, job)
+                continue
             step = _steps(job.channels, DTYPES[job.bits])[job.kernel]
-            tried = candidates(job)
             with using_table(found):  # a kernel competes with what this run has found best so far
                 timed = [(ms, options) for options in tried if (ms := _time(job.kernel, options, step))]
                 unfused = None if job.kernel in ALWAYS else _time(job.kernel, None, step) or float("inf")
@@ -180,7 +185,7 @@ def _alone(kernel: str, options: Options | None) -> Iterator[None]:
         yield
 
 
-def _compile(job: Job) -> None:
+def _compile(job: Job) -> Iterator[None]:
     """In another process: launch every candidate once on a small map, which leaves it in Triton's cache on disk."""
     # Else the small map would get smaller tiles than those that are measured.
     dwconv_triton.FEWEST_PROGRAMS = wide_conv1x1_triton.FEWEST_PROGRAMS = 1
@@ -192,6 +197,7 @@ def _compile(job: Job) -> None:
             except Exception as error:
                 if not _does_not_compile(error):
                     raise
+        yield
     torch.cuda.synchronize()
 
 
@@ -255,23 +261,13 @@ def _work(arguments: argparse.Namespace) -> int:
         done.append(job)
         _write(arguments.output, so_far, done)
 
-    # CUDA does not survive a fork. Leaving the pool ends its processes, whatever they are at.
-    with multiprocessing.get_context("spawn").Pool(max(1, arguments.jobs)) as pool:
-        compiled = {job: pool.apply_async(_compile, (job,)) for job in jobs}
+    with Ahead(_compile, jobs, max(1, arguments.jobs)) as ahead:
 
-        def ready(job: Job) -> None:
-            compiled[job].wait(min(PATIENCE, max(0.0, until - time.monotonic())))
+        def ready(job: Job) -> list[Options]:
+            ahead.wait(job, min(PATIENCE, max(0.0, until - time.monotonic())))
             if time.monotonic() >= until:
                 raise TimeoutError
-            if not compiled[job].ready():  # a process that crashed never says so
-                tqdm.write(f"{job.kernel} C={job.channels}: compiling ahead gave nothing in {PATIENCE} s; goes on here")
-            elif not compiled[job].successful():
-                try:
-                    compiled[job].get()
-                except Exception as error:  # whatever the helper met; the measurement itself will meet it again
-                    tqdm.write(
-                        f"{job.kernel} C={job.channels}: compiling ahead failed ({type(error).__name__}: {error})"
-                    )
+            return _compiled(ahead, job)
 
         try:
             tune(jobs, found, ready, keep)
@@ -279,6 +275,25 @@ def _work(arguments: argparse.Namespace) -> int:
             print(f"out of time after {len(done)} entries; --resume measures the rest", file=sys.stderr)
     print(f"{arguments.output}: name it in DTPM_FAST_DISPATCH to use it")
     return 0
+
+
+def _compiled(ahead: Ahead[Job], job: Job) -> list[Options]:
+    """The candidates to measure: all, but those that a process died over, as this one would, and what it had left."""
+    tried, name = candidates(job), f"{job.kernel} C={job.channels}"
+    if ahead.died(job):
+        ready = tried[: ahead.steps(job)]
+        left_out = len(tried) - len(ready)
+        tqdm.write(f"{name}: a process died compiling ahead; {left_out} of {len(tried)} tiles are left out")
+        return ready
+    result = ahead.results[job]
+    if not result.ready():
+        tqdm.write(f"{name}: compiling ahead gave nothing in {PATIENCE} s; goes on here")
+    elif not result.successful():
+        try:
+            result.get()
+        except Exception as error:  # whatever the helper met; the measurement itself will meet it again
+            tqdm.write(f"{name}: compiling ahead failed ({type(error).__name__}: {error})")
+    return tried
 
 
 def _start(output: Path, resume: bool) -> tuple[Table, list[Job]]:

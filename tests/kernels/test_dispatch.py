@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,7 +137,7 @@ def test_tuner_keeps_the_fastest_and_no_kernel_that_loses(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(module, "_time", time)
     kept: list[Any] = []
-    found = module.tune(jobs, table(), lambda job: None, lambda so_far, job: kept.append((so_far, job)))
+    found = module.tune(jobs, table(), module.candidates, lambda so_far, job: kept.append((so_far, job)))
     assert [job for _, job in kept] == jobs
     assert kept[-1][0] == found
     assert options_in(found, "ffn_backward", 64) == fastest
@@ -145,6 +146,33 @@ def test_tuner_keeps_the_fastest_and_no_kernel_that_loses(monkeypatch: pytest.Mo
     for kernel in module.ALWAYS:
         assert [(entry["channels"], entry["bits"]) for entry in found[kernel]] == [(ANY, 16), (ANY, 32)]
         assert options_in(found, kernel, ANY) in module.CANDIDATES[kernel][1:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the tuner times compiled kernels")
+def test_tuner_leaves_out_what_a_process_died_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The compiler would end this process too, and that of every run that resumes."""
+    from dtpm_fast.kernels import tune as module
+
+    strips, products = module.Job("gate_backward", 64, 16), module.Job("ffn_backward", 64, 16)
+    finished = {strips: 0, products: 2}
+    ahead = SimpleNamespace(died=lambda job: True, steps=finished.__getitem__)
+    measured: list[Any] = []
+    monkeypatch.setattr(module, "_steps", lambda *_: dict.fromkeys(module.CANDIDATES))
+    monkeypatch.setattr(module, "_time", lambda _, options, step: measured.append(options) or 1.0)
+    kept: list[Any] = []
+    found = module.tune(
+        [strips, products],
+        table(),
+        lambda job: module._compiled(ahead, job),
+        lambda so_far, job: kept.append(job),
+    )
+    assert kept == [strips, products]  # a resumed run gets past both
+    assert found["gate_backward"] == table()["gate_backward"]
+    tried = module.candidates(products)
+    assert measured == [*tried[:2], None]
+    assert f"{len(tried) - 2} of {len(tried)} tiles are left out" in capsys.readouterr().out
 
 
 def options_in(kernels: Table, kernel: str, channels: int) -> dict[str, int] | None:
