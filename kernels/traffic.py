@@ -13,6 +13,7 @@ inputs and outputs, over shapes alone (no memory, no GPU). Neither counts caches
 
 import argparse
 import csv
+import functools
 import statistics
 import sys
 from collections.abc import Mapping
@@ -72,6 +73,8 @@ BACKWARD = {
     "dwconv_backward": Maps(2, 2),
     "adaln_conv1x1_backward": Maps(4, 1),
 }
+# One pass of `launch`, in this order; in inference y is not kept.
+STEPS = {"inference": FORWARD, "training": TRAINING_FORWARD, "backward": BACKWARD}
 # What an adapter of rank C / 4 adds, in inference: its condition, read by `attention_ffn_forward`; of many channels
 # by `wide_conv1x1_adapter`, in conv5's place.
 ADAPTER = Maps(0.25, 0)
@@ -169,38 +172,51 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def launch(channels: int, size: int, batch: int) -> None:
-    """One step of the block for a profiler to count, and one before it that compiles."""
+    """`STEPS` of the block for a profiler to count, and once before it, which compiles."""
     if not torch.cuda.is_available():
         raise UserError("there is no CUDA device whose traffic could be counted")
     inputs = [t.requires_grad_() for t in block_inputs(batch, channels, size, size, torch.bfloat16, "cuda")]
+    block = functools.partial(denoising_block, inputs[0], *Modulation(*inputs[1:5]), BlockWeights(*inputs[5:]))
     for _ in range(2):
-        z = denoising_block(inputs[0], *Modulation(*inputs[1:5]), BlockWeights(*inputs[5:]))
+        with torch.no_grad():
+            block()
+        z = block()
         torch.autograd.grad(z, inputs, torch.randn_like(z))
     torch.cuda.synchronize()
 
 
-def read_counters(file: Path) -> dict[str, float]:
-    """Bytes that each kernel read and wrote a launch, median, from what `ncu --csv` printed."""
+def read_counters(file: Path) -> dict[tuple[str, str], float]:
+    """Bytes that each kernel of each of `STEPS` read and wrote a launch, median, from what `ncu --csv` printed of
+    `launch`. A kernel's launches are told apart by their order.
+
+    Raises: `UserError` for a file that holds no bytes, or part of a pass.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
     heads = [place for place, line in enumerate(lines) if line.startswith('"ID"')]
-    launches: dict[tuple[str, str], float] = {}
+    launches: dict[str, dict[str, float]] = {}
     for row in csv.DictReader(lines[heads[0] :]) if heads else ():
         name, metric = str(row["Kernel Name"]).split("(")[0].removesuffix("_kernel"), str(row["Metric Name"])
         if metric.startswith("dram__bytes") and row["Metric Unit"] == "byte":
-            key = name, row["ID"]
-            launches[key] = launches.get(key, 0.0) + float(row["Metric Value"].replace(",", ""))
+            counted = launches.setdefault(name, {})
+            counted[row["ID"]] = counted.get(row["ID"], 0.0) + float(row["Metric Value"].replace(",", ""))
     if not launches:
         raise UserError(f"{file}: holds no dram__bytes in bytes; it is to be what ncu --csv --print-units base printed")
-    names = {name for name, _ in launches}
-    return {name: statistics.median(v for (n, _), v in launches.items() if n == name) for name in names}
+    found = {}
+    for name, counted in launches.items():
+        values, steps = [*counted.values()], [step for step, kernels in STEPS.items() if name in kernels]
+        if steps and len(values) % len(steps):
+            raise UserError(f"{file}: holds {len(values)} launches of {name}, and a pass has {len(steps)}")
+        for place, step in enumerate(steps):
+            found[step, name] = statistics.median(values[place :: len(steps)])
+    return found
 
 
-def markdown(channels: int, size: int, batch: int, measured: Mapping[str, float] | None = None) -> str:
+def markdown(channels: int, size: int, batch: int, measured: Mapping[tuple[str, str], float] | None = None) -> str:
     """Each kernel's reads and writes, beside the bytes that a GPU counted, and the sums beside eager's."""
-    counted_bytes = {name: f"{value / 1e6:.0f}" for name, value in (measured or {}).items()}
+    counted_bytes = {key: f"{value / 1e6:.0f}" for key, value in (measured or {}).items()}
     unit = batch * channels * size**2 * 2
     lines = [
         f"C = {channels}, {size}², batch {batch}, 16 bits: T = {unit / 1e6:.1f} MB.",
@@ -208,10 +224,10 @@ def markdown(channels: int, size: int, batch: int, measured: Mapping[str, float]
         "| step | kernel | reads, T | writes, T | predicted, MB | measured, MB |",
         "|---|---|---|---|---|---|",
     ]
-    for step, kernels in (("forward", FORWARD), ("backward", BACKWARD)):
+    for step, kernels in STEPS.items():
         lines += [
             f"| {step} | {name} | {maps.read} | {maps.written} | {sum(maps) * unit / 1e6:.0f} "
-            f"| {counted_bytes.get(name, 'not run')} |"
+            f"| {counted_bytes.get((step, name), 'not run')} |"
             for name, maps in kernels.items()
         ]
     counted = eager(channels, size, batch)

@@ -146,6 +146,20 @@ def exporting(folder: Path, _: str) -> list[Figure]:
     ]
 
 
+def traffic(folder: Path, _: str) -> list[Figure]:
+    """Every row of the table: step, kernel, reads, writes, MB predicted, MB measured. Within a tenth."""
+    text = (folder / "kernels.md").read_text(encoding="utf-8")
+    text = text.split("<!-- traffic: begin -->")[1].split("<!-- traffic: end -->")[0]
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| \S+ \| \S+ \| (\d+) \| (\d+|not run) \|$", text, re.MULTILINE)
+    return [
+        Figure(
+            f"{step}, {kernel}: {measured} MB, predicted {predicted}",
+            measured.isdigit() and abs(int(measured) - int(predicted)) <= 0.1 * int(predicted),
+        )
+        for step, kernel, predicted, measured in rows
+    ] or [Figure("kernels.md holds no row of the traffic's table", False)]
+
+
 def as_on_the_cpu(folder: Path, _: str) -> list[Figure]:
     """Within 0.02 dB of the record that the model card prints."""
     ours, theirs = (
@@ -194,7 +208,7 @@ ROWS = [
         "-k 'regex:adaln_conv1x1|dwconv|attention_ffn|ffn_b|conv3_b|gate_b' "
         'python -m dtpm_fast.kernels.traffic --launch --batch 32 > "$OUT/ncu.csv" && cp docs/kernels.md "$OUT" && '
         'python -m dtpm_fast.kernels.traffic --measured "$OUT/ncu.csv" --batch 32 --write "$OUT/kernels.md"',
-        last_line),
+        traffic),
     Row("1b", 240,
         f"{SANITIZE} memcheck python -m pytest tests/kernels -q -W default "
         "-k 'bfloat16 and (table_in_use or by_the_rule and (fused or wide))'", says(CLEAN)),

@@ -191,3 +191,23 @@ def test_the_smoothing_judge_and_that_of_the_figures(script: ModuleType, tmp_pat
         record["mean"]["4 steps"]["psnr_y"] += change
         write(tmp_path, "evaluate.json", record)
         assert script.as_on_the_cpu(tmp_path, "")[0].holds is holds
+
+
+def test_the_traffic_judge_reads_what_the_kernels_write(script: ModuleType, tmp_path: Path) -> None:
+    from dtpm_fast.kernels.traffic import STEPS, markdown
+
+    unit = 32 * 64 * 256**2 * 2
+    measured = {(step, name): sum(maps) * unit for step, kernels in STEPS.items() for name, maps in kernels.items()}
+    measured["inference", "attention_ffn_forward"] *= 1.09
+    measured["training", "attention_ffn_forward"] *= 0.75  # as if y had not been written
+    del measured["backward", "gate_backward"]
+    table = markdown(64, 256, 32, measured)
+    (tmp_path / "kernels.md").write_text(f"<!-- traffic: begin -->\n{table}\n<!-- traffic: end -->\n", encoding="utf-8")
+    figures = script.traffic(tmp_path, "")
+    assert len(figures) == sum(map(len, STEPS.values()))
+    assert [figure.text.split(":")[0] for figure in figures if not figure.holds] == [
+        "training, attention_ffn_forward",
+        "backward, gate_backward",
+    ]
+    (tmp_path / "kernels.md").write_text("<!-- traffic: begin --><!-- traffic: end -->", encoding="utf-8")
+    assert [figure.holds for figure in script.traffic(tmp_path, "")] == [False]

@@ -1,20 +1,24 @@
 """What the block moves and keeps, by count: no timing."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import dtpm_fast.kernels.traffic as module
 from dtpm_fast.errors import UserError
 from dtpm_fast.kernels.block import _block_train
 from dtpm_fast.kernels.document import write_table
 from dtpm_fast.kernels.traffic import (
     BACKWARD,
     FORWARD,
+    STEPS,
     TRAINING_FORWARD,
     block_inputs,
     eager,
+    launch,
     markdown,
     read_counters,
     total,
@@ -47,20 +51,59 @@ def test_training_keeps_three_maps() -> None:
     assert len(maps) <= 0.4 * eager(8, 16, 2).kept
 
 
+def test_triton_launches_are_the_steps_in_their_order(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which the counters' reader tells a kernel's launches apart; none of them runs here."""
+    from dtpm_fast.kernels.adaln_triton import adaln_forward_kernel
+
+    launched: list[str] = []
+
+    def record(kernel: Any, *_: Any, **__: Any) -> None:
+        launched.append(kernel.fn.__name__.removesuffix("_kernel"))
+
+    def inputs(*arguments: Any) -> list[Tensor]:
+        return block_inputs(*arguments[:4], torch.float16, device)
+
+    monkeypatch.setattr(type(adaln_forward_kernel), "run", record)
+    monkeypatch.setattr(module, "block_inputs", inputs)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    launch(16, 3, 2)
+    steps = [name for kernels in STEPS.values() for name in kernels]
+    assert [name for name in launched if name in steps] == 2 * steps
+
+
 def test_a_gpus_counters_stand_beside_the_prediction(tmp_path: Path) -> None:
     file = tmp_path / "ncu.csv"
     head = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
     lines = ["==PROF== Connected to process 7", head]
-    for launch, (name, read, written) in enumerate(
-        [("ffn_backward_kernel", 9, 9), ("ffn_backward_kernel", "120,000,000", 70e6), ("ffn_backward_kernel", 1e12, 0)]
+    for place, (name, read, written) in enumerate(
+        [
+            ("ffn_backward_kernel", 9, 9),
+            ("attention_ffn_forward_kernel", 150e6, 50e6),  # in inference,
+            ("attention_ffn_forward_kernel", 140e6, 130e6),  # and in training, where it writes y
+            ("ffn_backward_kernel", "120,000,000", 70e6),
+            ("attention_ffn_forward_kernel", 152e6, 50e6),
+            ("attention_ffn_forward_kernel", 140e6, 132e6),
+            ("ffn_backward_kernel", 1e12, 0),
+            ("another_kernel", 1, 1),
+        ]
     ):
         for metric, value in (("read", read), ("write", written)):
-            lines.append(f'"{launch}","7","{name}","dram__bytes_{metric}.sum","byte","{value}"')
+            lines.append(f'"{place}","7","{name}","dram__bytes_{metric}.sum","byte","{value}"')
     file.write_text("\n".join(lines))
-    assert read_counters(file) == {"ffn_backward": 190e6}
+    assert read_counters(file) == {
+        ("backward", "ffn_backward"): 190e6,
+        ("inference", "attention_ffn_forward"): 201e6,
+        ("training", "attention_ffn_forward"): 271e6,
+    }
     table = markdown(64, 256, 8, read_counters(file))
     assert "| backward | ffn_backward | 2 | 1 | 201 | 190 |" in table
+    assert "| inference | attention_ffn_forward | 2 | 1 | 201 | 201 |" in table
+    assert "| training | attention_ffn_forward | 2 | 2 | 268 | 271 |" in table
     assert "| backward | gate_backward | 3 | 2 | 336 | not run |" in table
+    file.write_text("\n".join(lines[:6]))
+    with pytest.raises(UserError, match=r"ncu\.csv: holds 1 launches of attention_ffn_forward, and a pass has 2"):
+        read_counters(file)
     file.write_text(head)
     with pytest.raises(UserError, match=r"ncu\.csv: holds no dram__bytes"):
         read_counters(file)
