@@ -12,7 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from dtpm_fast.kernels import Adapter, BlockWeights, adaln, block_weights, denoising_block, merge_conv5, simple_gate
 from dtpm_fast.kernels.block import _block, _block_backward, _block_train, denoising_block_ref
-from dtpm_fast.kernels.block_compute import Modulation, _conv1x1_weight, adaln_conv1x1, dwconv_gate_pool
+from dtpm_fast.kernels.block_compute import (
+    Modulation,
+    _conv1x1_weight,
+    adaln_conv1x1,
+    conv5_adapter,
+    dwconv_gate_pool,
+    wide,
+)
 from dtpm_fast.kernels.device import INTERPRETED
 from dtpm_fast.kernels.dispatch import WIDE, Table, table, using_table
 from dtpm_fast.model.block import DenoisingBlock, use_kernels
@@ -284,9 +291,16 @@ def test_triton_under_inductor() -> None:
 
 
 @pytest.mark.gpu
-def test_triton_in_a_captured_graph() -> None:
+@pytest.mark.parametrize(("channels", "adapted"), [(64, False), (64, True), (256, True)])
+def test_triton_in_a_captured_graph(channels: int, adapted: bool) -> None:
     """No allocation or wait on the host that a CUDA graph refuses; a replay is bit-equal and reads new inputs."""
-    inputs = [tensor.to("cuda", torch.bfloat16) for tensor in random_inputs(3, 64, 40, 24)]
+    inputs = random_inputs(3, channels, 40, 24)
+    if adapted:
+        inputs += random_adapter(3, channels, channels // 4, 40, 24)
+        inputs[-1] = inputs[-1].to(memory_format=torch.channels_last)
+    inputs = [tensor.to("cuda", torch.bfloat16) for tensor in inputs]
+    if adapted:  # with its merged conv5, as the sampler gives it
+        inputs.append(merge_conv5(*inputs[15:17], inputs[18], *inputs[19:21]))
     with torch.no_grad():
         call(denoising_block, inputs)  # compiles
         torch.cuda.synchronize()
@@ -316,6 +330,39 @@ def test_triton_beyond_32_bit_offsets() -> None:
     assert torch.equal(g[:, :, 1 - rows :], g_last[:, :, 1:])  # the first row lacks its neighbour above
     for function, full, part in ((simple_gate, h, h_last), (lambda t: adaln(t, *modulation[:2]), x, last)):
         assert torch.equal(function(full)[:, :, -rows:], function(part))
+
+
+@pytest.mark.gpu
+def test_triton_of_many_channels_beyond_32_bit_offsets() -> None:
+    """As above, of the products of many channels, whatever the table in use leaves to cuBLAS."""
+    channels, height, width, rows = 256, 4100, 2060, 24
+    x = torch.empty(1, channels, height, width, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+    x.normal_()
+    assert x.numel() > 2**31
+    _, *small = (tensor.to("cuda", torch.bfloat16) for tensor in random_inputs(1, channels, 1, 1))
+    modulation, w = Modulation(*small[:4]), BlockWeights(*small[4:])
+    m_in, m_out, _ = (tensor.to("cuda", torch.bfloat16) for tensor in random_adapter(1, channels, 64, 1, 1))
+    condition = torch.empty_like(x[:, :64], memory_format=torch.channels_last).normal_()
+    attention = torch.randn(1, channels, device="cuda")
+    conv3, conv4, conv5 = (w[6:8], w[8:10], w[10:12])
+    shift_and_scale = modulation.shift2, modulation.scale2, 1e-6
+
+    def conv3_of(t: Tensor, _: Tensor) -> Tensor:
+        return wide("wide_attention_conv1x1_residual", t, *conv3, attention=attention, residual=t, factor=w.beta)
+
+    def conv4_of(t: Tensor, _: Tensor) -> Tensor:
+        return wide("wide_adaln_conv1x1_gate", t, *conv4, adaln=shift_and_scale, gate=True)
+
+    def adapter_of(t: Tensor, condition: Tensor) -> Tensor:
+        return conv5_adapter(t, t, conv5, w.gamma, Adapter(m_in, m_out, condition))
+
+    last, last_condition = (t[:, :, -rows:].contiguous(memory_format=torch.channels_last) for t in (x, condition))
+    tile = {"BLOCK_P": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+    entries = {name: [{"channels": channels, "bits": 16, "options": tile}] for name in WIDE}
+    first = {name: [] for name in WIDE.values()}
+    with using_table(table() | first | entries):
+        for function in (lambda t, _: adaln_conv1x1(t, modulation, w, 1e-6), conv3_of, conv4_of, adapter_of):
+            assert torch.equal(function(x, condition)[:, :, -rows:], function(last, last_condition))
 
 
 def test_oracle_is_the_equations() -> None:
