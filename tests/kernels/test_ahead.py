@@ -22,10 +22,8 @@ def work(job: str) -> Iterator[None]:
 
 def test_a_job_whose_process_dies_is_known_and_the_others_go_on() -> None:
     with Ahead(work, ["dies", "ends", "fails", "lasts"], processes=1) as ahead:
-        since = time.monotonic()
         for job in ("dies", "ends", "fails"):
             ahead.wait(job, 300)
-        assert time.monotonic() - since < 300
         assert [ahead.died(job) for job in ("dies", "ends", "fails", "lasts")] == [True, False, False, False]
         assert [ahead.steps(job) for job in ("dies", "ends", "fails")] == [1, 2, 1]
         assert not ahead.results["dies"].ready()
