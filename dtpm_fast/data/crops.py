@@ -229,32 +229,26 @@ class MixedCrops(Dataset[tuple[Tensor, Tensor]]):
         return self.sources[int(np.searchsorted(self.cumulative, draw, side="right"))][index]
 
 
-class SomeClean(Dataset[tuple[Tensor, Tensor]]):
-    """A data set of pairs, of which a share has the clean picture as its degraded one: who sees only bad photos learns
-    to change good ones.
-
-    Raises `UserError` for a share outside 0..1."""
+class _SomeChanged(Dataset[tuple[Tensor, Tensor]]):
+    """A data set of pairs, of which a share has another degraded picture. Raises `UserError` outside 0..1."""
 
     def __init__(self, pairs: Dataset[tuple[Tensor, Tensor]], share: float, seed: int = 0) -> None:
         if not 0 <= share <= 1:
-            raise UserError(f"share of clean samples {share}: must lie between 0 and 1")
+            raise UserError(f"share of {type(self).__name__} {share}: must lie between 0 and 1")
         self.pairs, self.share, self.seed = pairs, share, seed
+
+
+class SomeClean(_SomeChanged):
+    """A share has the clean picture as its degraded one: who sees only bad photos learns to change good ones."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         degraded, clean = self.pairs[index]
         return (clean if sample_rng(self.seed, index, Stream.CLEAN).random() < self.share else degraded), clean
 
 
-class SomeJpeg(Dataset[tuple[Tensor, Tensor]]):
-    """A data set of pairs, of which a share has its degraded picture out of a JPEG file (`through_any_jpeg`): the edges
-    of blocks and the ringing around flakes and streaks are what a network that never saw them trips over.
-
-    Raises `UserError` for a share outside 0..1."""
-
-    def __init__(self, pairs: Dataset[tuple[Tensor, Tensor]], share: float, seed: int = 0) -> None:
-        if not 0 <= share <= 1:
-            raise UserError(f"share of samples out of JPEG files {share}: must lie between 0 and 1")
-        self.pairs, self.share, self.seed = pairs, share, seed
+class SomeJpeg(_SomeChanged):
+    """A share has its degraded picture out of a JPEG file (`through_any_jpeg`): the edges of blocks and the ringing
+    around flakes and streaks are what a network that never saw them trips over."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         degraded, clean = self.pairs[index]

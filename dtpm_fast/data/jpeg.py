@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 QUALITIES = (60, 98)  # lowest and highest of training's: from what the web keeps to what a camera writes
+LARGEST_SIDE = 65500  # pixels, libjpeg's limit
 _UNIT = 16  # pixels a side of what is coded together where the colours have half the size
 _FULL, _HALVED = 0, 2  # Pillow's numbers for the colours' size
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from dtpm_fast.atomic import whole_folder
 from dtpm_fast.data.degradations import check_strength, degrade
-from dtpm_fast.data.jpeg import through_jpeg
+from dtpm_fast.data.jpeg import LARGEST_SIDE, through_jpeg
 from dtpm_fast.data.pictures import named_photos
 from dtpm_fast.data.sheet import sample_photo
 from dtpm_fast.errors import UserError
@@ -48,6 +48,8 @@ def make_pairs(
     with whole_folder(output) as folder:
         for number, name in enumerate(tqdm(names, unit="photo", disable=None)):
             picture = read_image(found[number]) if found else sample_photo(name)
+            if jpeg is not None and max(picture.shape) > LARGEST_SIDE:
+                raise UserError(f"{name}: is too long for a JPEG file, which has at most {LARGEST_SIDE} pixels a side")
             for strength in strengths:
                 rng = np.random.default_rng([seed, zlib.crc32(f"{task} {name} {strength:g}".encode())])
                 degraded = degrade(task, picture.astype(np.float32) / 255, rng, strength)

@@ -229,6 +229,11 @@ def test_a_synthetic_test_set_out_of_jpeg_files(
     assert (read_image(tmp_path / "after/target/a.png") == read_image(tmp_path / "a.png")).all()
     assert main([*make, "--jpeg", "101", "-o", str(tmp_path / "new")]) == 1
     assert "between 1 and 100" in capsys.readouterr().err
+    write_picture(tmp_path / "long.png", 65501, 1)
+    assert (
+        main(["make", str(tmp_path / "long.png"), "--task", "desnow", "--jpeg", "70", "-o", str(tmp_path / "new")]) == 1
+    )
+    assert "long: is too long for a JPEG file" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
