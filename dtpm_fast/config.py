@@ -99,7 +99,10 @@ class TrainConfig:
     synthetic_share: float = 0.5  # share of synthetic samples when --synthetic stands beside real pairs
     strength: float = 1.0  # of the synthetic degradations
     clean_share: float = 0.0  # share of stage II's samples whose degraded picture is the clean one; 0 as in the paper
-    jpeg_share: float = 0.0  # share of them, clean or not, whose degraded picture was a JPEG file; 0 as in the paper
+    noise_share: float = (
+        0.0  # share of them, clean or not, whose degraded picture has a sensor's noise; 0 as in the paper
+    )
+    jpeg_share: float = 0.0  # share of them, noisy or not, whose degraded picture was a JPEG file; 0 as in the paper
     rotate45: bool = False
     seed: int = 0
     # auto: bfloat16 on CUDA, float32 on the CPU; float16 on CUDA only, with a loss scale.
@@ -267,7 +270,7 @@ def _check(config: Config) -> None:
         raise UserError("beta_start and beta_end: need 0 < beta_start <= beta_end < 1")
     shares = {
         "eta": diffusion.eta, "ema": train.ema, "synthetic_share": train.synthetic_share,
-        "clean_share": train.clean_share, "jpeg_share": train.jpeg_share,
+        "clean_share": train.clean_share, "noise_share": train.noise_share, "jpeg_share": train.jpeg_share,
     }  # fmt: skip
     for name, share in shares.items():
         if not 0 <= share <= 1:

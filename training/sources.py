@@ -18,6 +18,7 @@ from dtpm_fast.data.crops import (
     SmoothedCrops,
     SomeClean,
     SomeJpeg,
+    SomeNoisy,
     SyntheticCrops,
     smoothed_of,
 )
@@ -126,6 +127,9 @@ def stage2_source(
     if train.clean_share:
         source = SomeClean(source, train.clean_share, seed)
         about += f", {train.clean_share:g} of all samples clean"
+    if train.noise_share:
+        source = SomeNoisy(source, train.noise_share, seed)
+        about += f", {train.noise_share:g} with noise"
     if train.jpeg_share:
         source = SomeJpeg(source, train.jpeg_share, seed)
         about += f", {train.jpeg_share:g} out of JPEG files"

@@ -79,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make.add_argument("--task", required=True, choices=list(TASKS))
     make.add_argument("--strength", type=float, nargs="+", default=[1.0], metavar="X", help="0 is clean (default: 1)")
     make.add_argument("--seed", type=_at_least(0), default=0)
+    make.add_argument(
+        "--noise", type=float, default=0.0, metavar="X", help="noise on the inputs, standard deviation in 8-bit levels"
+    )
     make.add_argument("--jpeg", type=int, metavar="Q", help="the inputs have been JPEG files of this quality, 1 to 100")
     make.add_argument("-o", "--output", required=True, type=given_path, metavar="DIR", help="a new or empty folder")
     measure = commands.add_parser(
@@ -106,10 +109,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.command == "make":
             count = make_pairs(
-                options.task, options.output, options.photos, options.strength, options.seed, options.jpeg
+                options.task,
+                options.output,
+                options.photos,
+                options.strength,
+                options.seed,
+                options.noise,
+                options.jpeg,
             )
-            jpeg = "" if options.jpeg is None else f", JPEG of quality {options.jpeg}"
-            print(f"{options.output}: {count} pairs, synthetic {options.task}, seed {options.seed}{jpeg}")
+            about = f"synthetic {options.task}, seed {options.seed}"
+            if options.noise:
+                about += f", noise {options.noise:g}"
+            if options.jpeg is not None:
+                about += f", JPEG of quality {options.jpeg}"
+            print(f"{options.output}: {count} pairs, {about}")
             return 0
         if options.command == "measure":
             print(compare(options))

@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 
 from dtpm_fast.data.degradations import border, degrade
 from dtpm_fast.data.jpeg import through_any_jpeg
+from dtpm_fast.data.noise import with_any_noise
 from dtpm_fast.data.pictures import (
     PictureCache,
     check_pairs,
@@ -258,6 +259,18 @@ class SomeJpeg(_SomeChanged):
         return degraded, clean
 
 
+class SomeNoisy(_SomeChanged):
+    """A share has noise of a sensor on its degraded picture (`with_any_noise`): a network that never saw it takes it
+    for texture, and lifts it where it lifts contrast."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        degraded, clean = self.pairs[index]
+        rng = sample_rng(self.seed, index, Stream.SENSOR)
+        if rng.random() < self.share:
+            degraded = to_tensor(with_any_noise(_to_picture(degraded), rng))
+        return degraded, clean
+
+
 @dataclass(frozen=True)
 class Window:
     """A square place in a picture, with the flip and turns applied to what is cut there."""
@@ -309,6 +322,7 @@ class Stream(IntEnum):
     NOISE = 2  # eps and gamma
     CLEAN = 3  # whether the degraded picture is the clean one
     JPEG = 4  # whether the degraded picture comes out of a JPEG file, and of which
+    SENSOR = 5  # whether the degraded picture has a sensor's noise, and which
 
 
 def sample_rng(seed: int, index: int, stream: Stream = Stream.CROP) -> np.random.Generator:

@@ -16,6 +16,7 @@ from dtpm_fast.data.crops import (
     SmoothedCrops,
     SomeClean,
     SomeJpeg,
+    SomeNoisy,
     SyntheticCrops,
     Window,
     sample_rng,
@@ -23,6 +24,7 @@ from dtpm_fast.data.crops import (
 )
 from dtpm_fast.data.jpeg import through_any_jpeg
 from dtpm_fast.data.layouts import find_pairs
+from dtpm_fast.data.noise import SIGMAS, with_any_noise, with_noise
 from dtpm_fast.data.pictures import PictureCache
 from dtpm_fast.errors import UserError
 from dtpm_fast.images import read_image
@@ -332,6 +334,41 @@ def test_a_share_of_samples_out_of_jpeg_files(photos: Path) -> None:
         assert torch.equal(some[index][0], degraded)  # the index alone decides
     with pytest.raises(UserError, match="between 0 and 1"):
         SomeJpeg(plain, 1.5)
+
+
+def test_a_share_of_samples_with_a_sensors_noise(photos: Path) -> None:
+    plain = SyntheticCrops(photos, "desnow", 32, seed=5)
+    some = SomeNoisy(plain, 0.25, seed=5)
+    drawn = [some[index] for index in range(400)]
+    changed = [index for index, (degraded, _) in enumerate(drawn) if not torch.equal(degraded, plain[index][0])]
+    assert abs(len(changed) / 400 - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
+    for index in changed[:20]:
+        (degraded, clean), (_, target) = drawn[index], plain[index]
+        assert torch.equal(clean, target)
+        levels = (degraded + 1) * 127.5
+        assert (levels - levels.round()).abs().max() < 1e-4  # a picture of 8 bits
+        assert torch.equal(some[index][0], degraded)  # the index alone decides
+    with pytest.raises(UserError, match="between 0 and 1"):
+        SomeNoisy(plain, 1.5)
+
+
+@pytest.mark.parametrize("grain", [None, 0.5, 1.0])
+def test_noise_has_its_strength_and_grain(grain: float | None) -> None:
+    grey = np.full((120, 90, 3), 128, np.uint8)
+    noise = with_noise(grey, 6.0, np.random.default_rng(3), grain).astype(np.float64) - 128
+    assert abs(noise.std() - 6) < 0.2 and abs(noise.mean()) < 0.2
+    beside = np.corrcoef(noise[:, 1:, 0].ravel(), noise[:, :-1, 0].ravel())[0, 1]
+    # A Gaussian of this standard deviation, sampled and folded with itself, one pixel off.
+    taps = np.exp(-0.5 * (np.arange(-3, 4) / (grain or 1e-3)) ** 2)
+    assert beside == pytest.approx((taps[1:] * taps[:-1]).sum() / (taps**2).sum(), abs=0.05)
+    assert abs(np.corrcoef(noise[..., 0].ravel(), noise[..., 1].ravel())[0, 1]) < 0.05  # channels on their own
+    assert (with_noise(grey, 0.0, np.random.default_rng(3), grain) == grey).all()
+
+
+def test_noise_of_training_is_of_every_strength() -> None:
+    grey = np.full((32, 32, 3), 128, np.uint8)
+    sigmas = [with_any_noise(grey, np.random.default_rng(seed)).astype(float).std() for seed in range(60)]
+    assert min(sigmas) < SIGMAS[0] + 1 and max(sigmas) > SIGMAS[1] - 1 and max(sigmas) < SIGMAS[1] + 0.5
 
 
 def test_a_jpegs_blocks_lie_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:

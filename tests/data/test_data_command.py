@@ -237,6 +237,23 @@ def test_a_synthetic_test_set_out_of_jpeg_files(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_synthetic_test_set_with_noise(
+    tmp_path: Path, picture: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = ["make", str(picture(tmp_path / "a.png", 40, 33, 1)), "--task", "dehaze", "--strength", "2", "--seed", "3"]
+    for name, also in (("before", []), ("after", ["--noise", "5"]), ("file", ["--noise", "5", "--jpeg", "70"])):
+        assert main([*make, *also, "-o", str(tmp_path / name)]) == 0
+    assert "seed 3, noise 5, JPEG of quality 70" in capsys.readouterr().out
+    before, after, file = (read_image(tmp_path / name / "input/a.png") for name in ("before", "after", "file"))
+    assert abs((after.astype(float) - before).std() - 5) < 0.5
+    Image.fromarray(after).save(tmp_path / "own.jpg", quality=70)  # the noise is in the picture that is compressed
+    assert (file == read_image(tmp_path / "own.jpg")).all()
+    assert (read_image(tmp_path / "after/target/a.png") == read_image(tmp_path / "a.png")).all()
+    for wrong in ("-1", "nan"):
+        assert main([*make, "--noise", wrong, "-o", str(tmp_path / "new")]) == 1
+        assert "must lie between 0 and 255" in capsys.readouterr().err
+
+
 def test_a_synthetic_test_set_of_scikit_images_photos(tmp_path: Path) -> None:
     pytest.importorskip("skimage", reason="scikit-image, whose photos these are, is not installed")
     assert main(["make", "--task", "dehaze", "-o", str(tmp_path / "set")]) == 0

@@ -108,9 +108,12 @@ def test_strength_and_shares_are_those_of_the_settings(photos: Path, tmp_path: P
     for share in (0.0, 0.2, 1.0):
         assert changed(source(tmp_path / "pairs", photos, synthetic_share=share)) == pytest.approx(share, abs=0.15)
         assert changed(source(photos, clean_share=share)) == pytest.approx(1 - share, abs=0.15)
+        assert changed(source(photos, strength=0.0, noise_share=share)) == pytest.approx(share, abs=0.15)
         assert changed(source(photos, strength=0.0, jpeg_share=share)) == pytest.approx(share, abs=0.15)
-    both = source(photos, clean_share=1.0, jpeg_share=1.0)  # a clean photo can come out of a JPEG file as well
-    assert changed(both) == 1 and both.about.endswith("1 of all samples clean, 1 out of JPEG files")
+    # A clean photo can be noisy, and come out of a JPEG file, as well.
+    all_three = source(photos, clean_share=1.0, noise_share=1.0, jpeg_share=1.0)
+    assert changed(all_three) == 1
+    assert all_three.about.endswith("1 of all samples clean, 1 with noise, 1 out of JPEG files")
 
 
 @pytest.fixture
