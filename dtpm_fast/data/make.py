@@ -32,8 +32,8 @@ def make_pairs(
     normal noise of standard deviation `noise` (8-bit levels), and then, with `jpeg`, has been a JPEG file of that
     quality (1 to 100, 4:2:0). The folder is written whole or not at all.
 
-    Raises `UserError` for an unknown task, a strength below 0, another noise or quality, a broken photo, two photos of one
-    name, an output that holds something already, and, without photos, when scikit-image is not installed.
+    Raises `UserError` for an unknown task, a strength below 0, another noise or quality, a broken photo, two photos
+    of one name, an output that holds something already, and, without photos, when scikit-image is not installed.
     """
     check_task(task)
     for number, strength in enumerate(strengths):
