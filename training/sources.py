@@ -16,14 +16,12 @@ from dtpm_fast.data.crops import (
     MixedCrops,
     PairCrops,
     SmoothedCrops,
-    SomeClean,
-    SomeJpeg,
-    SomeNoisy,
     SyntheticCrops,
     smoothed_of,
 )
 from dtpm_fast.data.layouts import LayoutNotFound, SplitNotFound, find_pairs
 from dtpm_fast.data.pictures import PictureCache, find_photos, half_of_pairs
+from dtpm_fast.data.shares import SomeClean, SomeJpeg, SomeNoisy
 from dtpm_fast.errors import UserError
 
 Pair = tuple[Tensor, Tensor]

@@ -6,25 +6,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dtpm_fast.data.crops import (
     MixedCrops,
     PairCrops,
     PhotoCrops,
     SmoothedCrops,
-    SomeClean,
-    SomeJpeg,
-    SomeNoisy,
     SyntheticCrops,
     Window,
     sample_rng,
     to_tensor,
 )
-from dtpm_fast.data.jpeg import through_any_jpeg
 from dtpm_fast.data.layouts import find_pairs
-from dtpm_fast.data.noise import SIGMAS, with_any_noise, with_noise
 from dtpm_fast.data.pictures import PictureCache
 from dtpm_fast.errors import UserError
 from dtpm_fast.images import read_image
@@ -301,84 +295,3 @@ def test_to_tensor_covers_the_range_exactly() -> None:
     assert tensor.min() == -1
     assert tensor.max() == 1
     np.testing.assert_array_equal(((tensor + 1) * 127.5).round().byte().permute(1, 2, 0).numpy(), levels)
-
-
-def test_a_share_of_clean_samples() -> None:
-    class Pairs(Dataset[tuple[Tensor, Tensor]]):
-        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-            return torch.full((1,), -float(index)), torch.full((1,), float(index))
-
-    some = SomeClean(Pairs(), 0.25, seed=5)
-    drawn = [some[index] for index in range(1, 401)]
-    assert all(float(clean) == index for index, (_, clean) in enumerate(drawn, start=1))
-    share = sum(float(degraded) > 0 for degraded, _ in drawn) / 400
-    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
-    assert all(torch.equal(some[index][0], drawn[index - 1][0]) for index in (7, 300))  # the index alone decides
-    with pytest.raises(UserError, match="between 0 and 1"):
-        SomeClean(Pairs(), 1.5)
-
-
-def test_a_share_of_samples_out_of_jpeg_files(photos: Path) -> None:
-    plain = SyntheticCrops(photos, "desnow", 32, seed=5)
-    some = SomeJpeg(plain, 0.25, seed=5)
-    drawn = [some[index] for index in range(400)]
-    changed = [index for index, (degraded, _) in enumerate(drawn) if not torch.equal(degraded, plain[index][0])]
-    assert abs(len(changed) / 400 - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
-    for index in changed[:20]:
-        (degraded, clean), (before, target) = drawn[index], plain[index]
-        assert torch.equal(clean, target)
-        assert degraded.shape == before.shape and degraded.abs().max() <= 1
-        levels = (degraded + 1) * 127.5
-        assert (levels - levels.round()).abs().max() < 1e-4  # a picture of 8 bits
-        assert (degraded.mean() - before.mean()).abs() < 0.05  # the photos are noise, of which JPEG keeps the means
-        assert torch.equal(some[index][0], degraded)  # the index alone decides
-    with pytest.raises(UserError, match="between 0 and 1"):
-        SomeJpeg(plain, 1.5)
-
-
-def test_a_share_of_samples_with_a_sensors_noise(photos: Path) -> None:
-    plain = SyntheticCrops(photos, "desnow", 32, seed=5)
-    some = SomeNoisy(plain, 0.25, seed=5)
-    drawn = [some[index] for index in range(400)]
-    changed = [index for index, (degraded, _) in enumerate(drawn) if not torch.equal(degraded, plain[index][0])]
-    assert abs(len(changed) / 400 - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
-    for index in changed[:20]:
-        (degraded, clean), (_, target) = drawn[index], plain[index]
-        assert torch.equal(clean, target)
-        levels = (degraded + 1) * 127.5
-        assert (levels - levels.round()).abs().max() < 1e-4  # a picture of 8 bits
-        assert torch.equal(some[index][0], degraded)  # the index alone decides
-    with pytest.raises(UserError, match="between 0 and 1"):
-        SomeNoisy(plain, 1.5)
-
-
-@pytest.mark.parametrize("grain", [None, 0.5, 1.0])
-def test_noise_has_its_strength_and_grain(grain: float | None) -> None:
-    grey = np.full((120, 90, 3), 128, np.uint8)
-    noise = with_noise(grey, 6.0, np.random.default_rng(3), grain).astype(np.float64) - 128
-    assert abs(noise.std() - 6) < 0.2 and abs(noise.mean()) < 0.2
-    beside = np.corrcoef(noise[:, 1:, 0].ravel(), noise[:, :-1, 0].ravel())[0, 1]
-    # A Gaussian of this standard deviation, sampled and folded with itself, one pixel off.
-    taps = np.exp(-0.5 * (np.arange(-3, 4) / (grain or 1e-3)) ** 2)
-    assert beside == pytest.approx((taps[1:] * taps[:-1]).sum() / (taps**2).sum(), abs=0.05)
-    assert abs(np.corrcoef(noise[..., 0].ravel(), noise[..., 1].ravel())[0, 1]) < 0.05  # channels on their own
-    assert (with_noise(grey, 0.0, np.random.default_rng(3), grain) == grey).all()
-
-
-def test_noise_of_training_is_of_every_strength() -> None:
-    grey = np.full((32, 32, 3), 128, np.uint8)
-    sigmas = [with_any_noise(grey, np.random.default_rng(seed)).astype(float).std() for seed in range(60)]
-    assert min(sigmas) < SIGMAS[0] + 1 and max(sigmas) > SIGMAS[1] - 1 and max(sigmas) < SIGMAS[1] + 0.5
-
-
-def test_a_jpegs_blocks_lie_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """JPEG's worst quality makes flat blocks of a slope, and their seams are at every place in turn."""
-    monkeypatch.setattr("dtpm_fast.data.jpeg.QUALITIES", (1, 1))
-    smooth = np.add.outer(np.arange(48), np.arange(48)).astype(np.uint8)[..., None].repeat(3, axis=2)
-    seams = set()
-    for seed in range(60):
-        found = through_any_jpeg(smooth, np.random.default_rng(seed))
-        assert found.shape == smooth.shape and found.dtype == np.uint8
-        steps = np.abs(np.diff(found[..., 1].astype(int), axis=1)).sum(axis=0)  # blocks are flat: steps at seams only
-        seams.add(int(np.argmax([steps[phase::8].sum() for phase in range(8)])))
-    assert seams == set(range(8))
