@@ -17,7 +17,8 @@ class Log:
 
     def __init__(self, folder: Path, stage: int, first: int, steps: int, silent: bool = False) -> None:
         self.steps, self.silent = steps, silent
-        self.board = None if silent else SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+        # What a killed run logged behind the state it resumes from is hidden; `first` itself belongs to that state.
+        self.board = None if silent else SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
         self.bar = tqdm(
             total=steps, initial=first, desc=f"stage {stage}", unit="it", disable=True if silent else None
         )  # None: off where standard error is no terminal

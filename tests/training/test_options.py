@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dtpm_fast.errors import UserError
 from dtpm_fast.train import main
+from dtpm_fast.training.checkpoints import list_states
 from dtpm_fast.training.meter import Meter
 from dtpm_fast.training.precision import Precision
 from dtpm_fast.training.recompute import recompute_blocks
@@ -23,9 +24,13 @@ def losses(photos, output, *settings):
 
 
 def scalars(output, name):
+    return figures(output, f"train/{name}")
+
+
+def figures(output, tag):
     events = EventAccumulator(str(output / "tensorboard"))
     events.Reload()
-    return events.Scalars(f"train/{name}")
+    return events.Scalars(tag)
 
 
 @pytest.fixture
@@ -53,6 +58,17 @@ def test_workers_and_the_log_do_not_change_the_run(photos, tmp_path, tiny, plain
     assert all(part in shown[1] for part in ("loss ", "images_per_s ", "data_stall ", "memory ", " left"))
     assert all(0 <= event.value <= 1 for event in scalars(tmp_path / "run", "data_stall"))
     assert all(0.05 < event.value < 1000 for event in scalars(tmp_path / "run", "peak_memory_gib"))
+
+
+def test_a_resumed_run_keeps_the_figures_up_to_its_state_and_no_later_ones(photos, tmp_path, tiny):
+    """The state of iteration 4 is saved behind that iteration's reading and validation, which are not made again."""
+    settings = [*tiny, "validation_images=1", "validate_every=2", "checkpoint_every=4", "log_every=1", "steps=6"]
+    run = ["--stage", "1", "--data", str(photos), "--output", str(tmp_path / "run"), "--device", "cpu"]
+    assert main([*run, "--set", *settings]) == 0
+    list_states(tmp_path / "run")[0].unlink()
+    assert main([*run, "--resume", "--set", *settings, "log_every=2"]) == 0
+    assert [event.step for event in scalars(tmp_path / "run", "loss")] == [1, 2, 3, 4, 6]
+    assert [event.step for event in figures(tmp_path / "run", "validation/psnr_texture")] == [2, 4, 6]
 
 
 @pytest.mark.slow
