@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dtpm_fast.training.interrupt import interrupts_wait
+
 
 class EMA:
     """Averages with decay min(decay, (1 + step) / (10 + step)): a short run is not held back by its random start."""
@@ -27,7 +29,8 @@ class EMA:
             self._copy(self.average)
             yield
         finally:
-            self._copy(raw)
+            with interrupts_wait():  # the averages must not be saved as the weights that train
+                self._copy(raw)
 
     def load(self, average: dict[str, Tensor]) -> None:
         for name, value in self.average.items():

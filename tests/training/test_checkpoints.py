@@ -106,6 +106,27 @@ def test_an_interrupted_update_is_finished_before_it_is_saved(photos, tmp_path, 
 
 
 @pytest.mark.usefixtures("ctrl_c")
+def test_an_interrupt_while_the_weights_return_from_a_validation_waits(photos, tmp_path, tiny, capsys, monkeypatch):
+    """Else the averages are saved as the weights that train, and the run goes on from those."""
+    settings = [*tiny, "steps=4", "validate_every=2", "validation_images=1"]
+    assert main(arguments(photos, tmp_path / "whole", settings)) == 0
+    copy, interrupted = EMA._copy, []
+
+    def copied(self, values):
+        if values is not self.average and not interrupted:
+            interrupted.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        copy(self, values)
+
+    monkeypatch.setattr(EMA, "_copy", copied)
+    assert main(arguments(photos, tmp_path / "run", settings)) == 1
+    assert "stopped at iteration 2; the state is saved" in capsys.readouterr().err
+    assert main(arguments(photos, tmp_path / "run", settings, "--resume")) == 0
+    whole, resumed = (load_file(tmp_path / run / "weights.safetensors") for run in ("whole", "run"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("first", ["worker", "run"])
 def test_a_signal_to_a_whole_group_ends_the_loaders_workers_too(photos, tmp_path, tiny, capsys, monkeypatch, first):
     """As systemd, SLURM and pkill send it: the dead worker is an error neither in an update nor while it is saved."""
