@@ -232,8 +232,9 @@ class Trainer:
             results, picture = validate(self.model.eval(), run.config, run.validation, run.device)
             reached = score(results)
             if reached > self.best:
-                self.best = reached
-                self._save_weights("weights-best.safetensors", validation=results)
+                with interrupts_wait():  # a score without its weights would keep later ones out
+                    self._save_weights("weights-best.safetensors", validation=results)
+                    self.best = reached
         self.model.train()
         log.validation(self.step, results, picture)
 

@@ -106,6 +106,25 @@ def test_an_interrupted_update_is_finished_before_it_is_saved(photos, tmp_path, 
 
 
 @pytest.mark.usefixtures("ctrl_c")
+def test_an_interrupt_while_the_best_weights_are_written_waits(photos, tmp_path, tiny, capsys, monkeypatch):
+    """Else their score is in the state, and they are not on disk."""
+    settings = [*tiny, "steps=4", "validate_every=2", "validation_images=1"]
+
+    def save(path, *given):
+        if path.name == "weights-best.safetensors":
+            os.kill(os.getpid(), signal.SIGINT)
+        save_weights(path, *given)
+
+    monkeypatch.setattr("dtpm_fast.training.loop.score", scripted(-1.0))
+    monkeypatch.setattr("dtpm_fast.training.loop.save_weights", save)
+    assert main(arguments(photos, tmp_path / "run", settings)) == 1
+    assert "stopped at iteration 2; the state is saved" in capsys.readouterr().err
+    state, _ = newest_state(tmp_path / "run")
+    assert state["best"] == -1
+    assert read_weights(tmp_path / "run" / "weights-best.safetensors").trained["steps"] == 2
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_while_the_weights_return_from_a_validation_waits(photos, tmp_path, tiny, capsys, monkeypatch):
     """Else the averages are saved as the weights that train, and the run goes on from those."""
     settings = [*tiny, "steps=4", "validate_every=2", "validation_images=1"]
