@@ -284,6 +284,8 @@ def _check(config: Config) -> None:
     multiple = 2 ** max(len(model.encoder_blocks), len(model.predictor_encoder_blocks))
     if train.crop % multiple:
         raise UserError(f"crop = {train.crop}: must be a multiple of {multiple} for this network")
+    if model.embedding % 2:
+        raise UserError(f"embedding = {model.embedding}: must be even, for sines and cosines")
     if round(model.adapter_ratio * model.width) < 1:
         raise UserError(f"adapter_ratio = {model.adapter_ratio}: leaves no channel at width {model.width}")
 

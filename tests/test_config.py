@@ -46,6 +46,7 @@ def test_weights_outlive_settings_of_training():
         ("predictor_decoder_blocks=[1,1]", "predictor_encoder_blocks and predictor_decoder_blocks: need equally many"),
         ("encoder_blocks=[1,1] decoder_blocks=[1,1] crop=24", "crop = 24: must be a multiple of 16"),  # the predictor's
         ("loss_weighting=edm parameterization=eps", "set parameterization=preconditioned"),
+        ("embedding=63", "embedding = 63: must be even"),
         ("beta_end=1.0", "beta_end < 1"), ("ema=1.5", "ema = 1.5: must lie between 0 and 1"),
     ],
 )  # fmt: skip
