@@ -246,7 +246,7 @@ def _select(scan: Scan, split_file: Path, split: str) -> None:
 
 def read_split(split_file: Path | str, split: str) -> set[str]:
     """The names (without suffix, with the folders that are given, "/" between them) that a split file gives to `split`.
-    Raises `UserError` when it cannot be read, lacks a column, or gives none."""
+    Raises `UserError` when it cannot be read or lacks a column, `SplitNotFound` when it gives none."""
     split_file = Path(split_file)
     try:
         lines = split_file.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets begin with a byte order mark
@@ -262,7 +262,7 @@ def read_split(split_file: Path | str, split: str) -> set[str]:
             raise UserError(f"{split_file}: needs the columns name and split (or project), has {', '.join(columns)}")
         names = _without_suffix(row["name"] or "" for row in rows if row[column] == split)
     if not names:
-        raise UserError(f"{split_file}: names no picture for the split {split!r}")
+        raise SplitNotFound(f"{split_file}: names no picture for the split {split!r}")
     return names
 
 

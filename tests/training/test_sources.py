@@ -81,6 +81,20 @@ def test_stage2_holds_out_all_crops_of_a_photo_and_all_pairs_of_a_target(photos,
     assert len(source.validation) == 1
 
 
+def test_a_split_file_without_a_test_split_holds_out_pairs_of_train(photos: Path, tmp_path: Path) -> None:
+    for half in ("input", "target"):
+        shutil.copytree(photos, tmp_path / "pairs" / half)
+    split = tmp_path / "split.csv"
+    split.write_text("name,split\n" + "".join(f"{i},{'val' if i == 7 else 'train'}\n" for i in range(8)))
+    train = Config.of(crop=16, validation_images=4).train
+    source = stage2_source("derain", tmp_path / "pairs", split, None, None, train)
+    assert [target.stem for _, target in source.data.pairs] == ["1", "2", "3", "4", "5", "6"]
+    assert len(source.validation) == 1
+    split.write_text("name,split\n7,val\n")
+    with pytest.raises(UserError, match="names no picture for the split 'train'"):
+        stage2_source("derain", tmp_path / "pairs", split, None, None, train)
+
+
 def test_half_a_set_of_pairs_is_not_taken_for_clean_photos(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "pairs" / "somewhere" / "input")
     train = Config.of(crop=16).train
