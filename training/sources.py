@@ -81,8 +81,8 @@ def stage2_source(
     """(y_d, y_g) crops. `data` holds pairs in a layout of the task, or clean photos that are degraded synthetically;
     `synthetic` is a folder of clean photos to mix in beside real pairs. Validation: the layout's test split, else every
     tenth pair or photo, held out; or the pairs (of the first of test, val and train that it has) or photos of
-    `validation`. What is held out is so with all crops of its photo and all pairs of its target. `check` as for
-    `stage1_source`."""
+    `validation`. What is held out of `data` is so with all crops of its photo and all pairs of its target, and is no
+    photo of `synthetic` either. `check` as for `stage1_source`."""
     cache = PictureCache()
     crop, seed = train.crop, train.seed
     held_out: Sequence[Any] = []  # photos or pairs
@@ -108,7 +108,8 @@ def stage2_source(
         source = PairCrops(pairs, crop, seed, augment=_augment(task), rotate45=train.rotate45, cache=cache, check=check)
         about = f"{len(pairs)} pairs of {data.name}"
         if synthetic is not None:
-            photos = _clean_photos(synthetic)
+            out = {_photo_of(target.resolve()) for _, target in held_out}
+            photos = [photo for photo in _clean_photos(synthetic) if _photo_of(photo.resolve()) not in out]
             share = train.synthetic_share
             source = MixedCrops([(source, 1 - share), (_synthetic(photos, task, train, cache, check), share)], seed)
             about += f", and a share of {share:g} synthetic {task} on {len(photos)} clean photos of {synthetic.name}"

@@ -95,6 +95,24 @@ def test_a_split_file_without_a_test_split_holds_out_pairs_of_train(photos: Path
         stage2_source("derain", tmp_path / "pairs", split, None, None, train)
 
 
+def test_targets_held_out_are_not_degraded_for_training_either(photos: Path, tmp_path: Path) -> None:
+    """The clean photos beside real pairs may be those pairs' targets."""
+    for half in ("input", "target"):
+        shutil.copytree(photos, tmp_path / "pairs" / half)
+    (tmp_path / "link").symlink_to(tmp_path / "pairs" / "target")
+    split = tmp_path / "split.csv"
+    split.write_text("name,split\n" + "".join(f"{i},{'test' if i < 3 else 'train'}\n" for i in range(8)))
+    train = Config.of(crop=16, validation_images=1).train
+    for chosen, first in ((None, 1), (split, 3)):
+        for targets in (tmp_path / "pairs" / "target", tmp_path / "link"):
+            source = stage2_source("derain", tmp_path / "pairs", chosen, targets, None, train)
+            real, synthetic = source.data.sources
+            wanted = [str(i) for i in range(first, 8)]
+            assert [target.stem for _, target in real.pairs] == wanted
+            assert [photo.stem for photo in synthetic.photos] == wanted
+    assert len(stage2_source("derain", tmp_path / "pairs", None, photos, None, train).data.sources[1].photos) == 8
+
+
 def test_half_a_set_of_pairs_is_not_taken_for_clean_photos(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "pairs" / "somewhere" / "input")
     train = Config.of(crop=16).train
