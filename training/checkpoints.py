@@ -36,8 +36,8 @@ def locked(run: Path) -> Iterator[None]:
     except NotImplementedError:
         logger.warning("%s: this file system has no locks; see that no other process trains there", run)
     try:
-        for left in (run / "checkpoints").glob(".step-*.pt"):  # half a state, of a process that was killed
-            left.unlink(missing_ok=True)
+        for left in (*run.glob("checkpoints/.step-*.pt"), *run.glob(".weights*.safetensors")):
+            left.unlink(missing_ok=True)  # half a file, of a process that was killed
         yield
     finally:
         lock.release()

@@ -229,12 +229,16 @@ def test_a_full_disk_is_one_line_and_keeps_the_state_before(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001.pt"]
 
 
-def test_half_a_state_of_a_killed_process_goes(tmp_path):
+def test_half_a_file_of_a_killed_process_goes(tmp_path):
     save_state(tmp_path, 1, {}, keep=2)
+    whole = tmp_path / "weights.safetensors"
+    for name in (whole, tmp_path / ".weights.safetensors.ab12.safetensors"):
+        name.write_bytes(b"weights")
     half = tmp_path / "checkpoints" / ".step-00000002.pt.ab12.pt"
     half.write_bytes(b"half")
     with locked(tmp_path):
         assert list((tmp_path / "checkpoints").iterdir()) == list_states(tmp_path)
+        assert list(tmp_path.glob("*weights*")) == [whole]
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, caplog, monkeypatch):
