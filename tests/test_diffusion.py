@@ -65,8 +65,9 @@ def test_gamma_is_drawn_between_neighbours_of_the_schedule():
     assert place.mean().item() == pytest.approx(0.5, abs=0.03) and place.std().item() == pytest.approx(
         12**-0.5, abs=0.02
     )
-    discrete = sample_gamma(50, DiffusionConfig(gamma_sampling="discrete"), torch.Generator().manual_seed(0))
-    assert all(any(abs(g - b) < 1e-6 for b in bars.float()) for g in discrete)
+    short = DiffusionConfig(gamma_sampling="discrete", timesteps=4)
+    discrete = sample_gamma(400, short, torch.Generator().manual_seed(0))
+    assert set(discrete.tolist()) == set(alphas_cumprod(short)[1:].float().tolist())  # t = 1..T: never without noise
 
 
 @pytest.mark.parametrize("parameterization", ["preconditioned", "eps"])
@@ -124,13 +125,18 @@ def test_equation_4_written_out():
     assert config.diffusion.loss == "l1"
 
 
-def test_equation_6_written_out():
-    model, config = small_model(parameterization="eps")
+@pytest.mark.parametrize(
+    "settings", [{}, {"condition": "predicted", "code_source": "degraded"}], ids=["the paper's", "the other choices"]
+)
+def test_equation_6_written_out(settings):
+    model, config = small_model(parameterization="eps", semantic_code="compact", **settings)
+    load_semantic_weights(model)  # random ones tell no picture from another
     y_g, y_d, eps = (torch.randn(2, 3, 16, 16).double() for _ in range(3))
     gamma = torch.tensor([0.2, 0.9], dtype=torch.float64)
     y_eps = model.predictor(y_d)
     x_t = gamma.sqrt().view(2, 1, 1, 1) * (y_g - y_eps) + (1 - gamma).sqrt().view(2, 1, 1, 1) * eps
-    expected = (eps - model.denoise(x_t, y_d, gamma, None, y_eps)).abs().mean()
+    y, seen = (y_eps, y_d) if settings else (y_d, y_eps)
+    expected = (eps - model.denoise(x_t, y, gamma, model.code(seen), y_eps)).abs().mean()
     actual, predicted = stage2_loss(model, config.diffusion, y_g, y_d, eps, gamma)
     assert actual.item() == pytest.approx(expected.item(), rel=1e-10)
     assert torch.equal(predicted, y_eps)
@@ -242,6 +248,25 @@ def test_the_clipped_sampler_stays_in_the_picture():
     base = torch.rand(1, 3, 8, 8) * 2 - 1
     wild = lambda x, gamma: Estimate(torch.randn_like(x), torch.randn_like(x) * 50)  # noqa: E731
     assert (base + ddim(wild, torch.randn(1, 3, 8, 8), base, 4, SCHEDULE)).abs().max() <= 1 + 1e-6
+
+
+def test_a_step_from_a_clipped_estimate_takes_the_noise_that_is_left():
+    """Clipping x0 changes eps with it, so that the two still make x_t."""
+    seen: list[torch.Tensor] = []
+
+    def wild(x, gamma):
+        seen.append(x)
+        return Estimate(torch.zeros_like(x), torch.full_like(x, 50))
+
+    noise, base = torch.randn(1, 3, 8, 8).double(), torch.full((1, 3, 8, 8), 0.25, dtype=torch.float64)
+    found = ddim(wild, noise, base, 2, SCHEDULE)
+    (first, second), (_, last) = ddim_gammas(2, SCHEDULE)
+    eps = (noise - first**0.5 * 0.75) / (1 - first) ** 0.5
+    assert last == 1
+    torch.testing.assert_close(seen[1], second**0.5 * 0.75 + (1 - second) ** 0.5 * eps)
+    torch.testing.assert_close(found, torch.full_like(base, 0.75))
+    free = ddim(wild, noise, base, 2, DiffusionConfig(clip=False))
+    assert (free == 50).all()
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
