@@ -135,7 +135,7 @@ def measure(weights: Path, task: str, data: Path, split_file: Path | None, devic
         y_d, y_g = (x[None].to(where) for x in pair)
         noise = torch.randn(y_d.shape, generator=generator).to(where)
         with torch.no_grad():
-            result, y_eps = restore(model, y_d, noise, config.train.validation_steps, config.diffusion)
+            result, y_eps = restore(model, y_d, noise, config.train.validation_steps, config.diffusion, generator)
         target = _from_model(y_g)
         for name, image in {"psnr_input": y_d, "psnr_predictor": y_eps, "psnr": result}.items():
             sums[name] += protocol.compare(_from_model(image), target)[protocol.headline[0]]

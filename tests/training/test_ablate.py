@@ -72,6 +72,14 @@ def test_an_error_in_any_row_comes_before_the_first_one_trains(photos, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_row_measured_again_has_the_same_figures(photos, tmp_path, random_weights):
+    """Fresh noise of the sampler (eta) included."""
+    settings = {"eta": 0.5, "crop": 16, "validation_images": 2, "validation_steps": 2}
+    weights = random_weights(tmp_path / "weights.safetensors", "rainhaze", **settings)
+    first, second = (ablate.measure(weights, "rainhaze", photos, None, "cpu") for _ in range(2))
+    assert first == second
+
+
 def test_an_interrupted_row_goes_on_from_its_checkpoint(photos, tmp_path, capsys):
     settings = [*SETTINGS, "checkpoint_every=1"]
     assert run(photos, tmp_path, "--rows", "no-stage1", settings=settings) == 0
