@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from dtpm_fast.config import Config
 from dtpm_fast.diffusion import stage1_loss
+from dtpm_fast.errors import UserError
 from dtpm_fast.model.dtpm import DTPM
 from dtpm_fast.training.batches import Batch, Noisy
 from dtpm_fast.training.checkpoints import newest_state
@@ -69,6 +70,28 @@ def test_iterations_written_out(random_model: Callable[..., tuple], tmp_path: Pa
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     for ours, theirs in zip(trainer.ema.average.values(), averages, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["float32", "with a loss scale"])
+def test_gradients_that_are_no_numbers_change_no_weight(
+    random_model: Callable[..., tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: bool
+) -> None:
+    """The loss is one all the same: they stop the run, or cost a float16 run one update."""
+    model, config = random_model(0, 1)
+    freeze(model.double(), "adapters")
+    trainer = Trainer(Run(model, config, "", [], [], tmp_path, torch.device("cpu"), {}))
+    before = copy.deepcopy(model.state_dict())
+    model.denoiser.intro.weight.register_hook(lambda gradient: gradient * math.nan)
+    monkeypatch.setattr(trainer.precision, "overflow_is_normal", lambda: scaled)
+    if scaled:
+        loss, norm = trainer.iterate([random_batch(0)])
+        assert torch.isfinite(loss) and torch.isnan(norm)
+    else:
+        with pytest.raises(UserError, match="the gradient's norm nan; the batch is in"):
+            trainer.iterate([random_batch(0)])
+        assert list(tmp_path.glob("bad-batch-00000000.safetensors"))
+    assert trainer.step == scaled
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor]]):
