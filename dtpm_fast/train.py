@@ -136,6 +136,8 @@ def _train(args: argparse.Namespace) -> Path:
     if config.train.tune == "predictor" and prior is None:
         world.say("no --prior: the denoiser stays untrained; go on with --init on this run's weights")
     about = {"data": source.about, "device": why}
+    if prior is not None:
+        about["prior"] = prior.path.name
     if init is not None:
         about["started_from"] = args.init.name
     run = Run(model, config, args.task or "", source.data, source.validation, args.output, device, about, world)

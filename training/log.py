@@ -61,6 +61,11 @@ class Log:
         self.board.add_image("validation/input_predictor_result_target", picture, step)
         self.write(f"{step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
+    def flush(self) -> None:
+        """What TensorBoard holds back for up to two minutes goes to disk."""
+        if self.board is not None:
+            self.board.flush()
+
     def write(self, line: str) -> None:
         """A line on standard output, above the bar."""
         if not self.silent:

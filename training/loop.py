@@ -4,6 +4,7 @@ and N processes train as one with N times the batch."""
 
 import inspect
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -129,6 +130,7 @@ class Trainer:
                 if last or self.step % settings.validate_every == 0:
                     self._validate(log)
                 if self.step % settings.checkpoint_every == 0:
+                    log.flush()  # figures up to a state belong to it
                     self.save()
 
     def iterate(self, share: list[Batch]) -> tuple[Tensor, Tensor]:
@@ -165,6 +167,7 @@ class Trainer:
         if run.world.leads:
             state = {
                 "config": run.config.to_json(), "stage": self.model.stage, "task": run.task, "best": self.best,
+                "validation": _fingerprint(run),
                 "model": self.model.state_dict(), "ema": self.ema.average,
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "scaler": self.precision.scaler.state_dict(),
@@ -182,13 +185,21 @@ class Trainer:
         state = run.world.from_rank_0(state)  # the folder may be on the first machine alone
         if state is None:
             return
+        if "prior" in run.about:
+            given = self.model.state_dict()
+            frozen = [name for name in given if name.startswith("denoiser.") and name not in self.trained]
+            if any(not torch.equal(given[name].cpu(), state["model"][name]) for name in frozen):
+                raise UserError(f"{run.folder}: was started with another --prior; resume with the same one")
         self.model.load_state_dict(state["model"])
         self.ema.load(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         if state["scaler"]:  # empty, where the run before had none
             self.precision.scaler.load_state_dict(state["scaler"])
-        self.best = state["best"]
+        if state.get("validation", mine := _fingerprint(run)) == mine:
+            self.best = state["best"]
+        elif run.validation:
+            run.world.say("validates otherwise than before: weights-best begins anew")
         self.step = int(state["step"])
         run.world.say(f"resumed at iteration {self.step} of {run.config.train.steps}")
 
@@ -265,6 +276,14 @@ def learning_rate(step: int, config: Config) -> float:
         return train.lr * (step + 1) / train.warmup
     done = (step - train.warmup) / max(1, train.steps - train.warmup)
     return train.lr_min + 0.5 * (train.lr - train.lr_min) * (1 + math.cos(math.pi * done))
+
+
+def _fingerprint(run: Run) -> int:
+    """Of what a validation's score depends on beside the weights: scores of another one cannot be compared."""
+    number = run.config.train.validation_steps
+    for image in (image for pair in run.validation for image in pair):
+        number = zlib.crc32(image.numpy().tobytes(), number)
+    return number
 
 
 def _resumable(run: Run, resume: bool | None) -> dict[str, Any] | None:

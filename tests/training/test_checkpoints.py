@@ -55,6 +55,17 @@ def test_the_best_validation_keeps_its_weights_over_a_resume(photos, tmp_path, t
     assert [path.name for path in list_states(tmp_path / "run")] == ["step-00000008.pt", "step-00000006.pt"]
 
 
+@pytest.mark.parametrize("other", ["validation_steps=2", "seed=9"])  # the second makes other crops
+def test_a_resume_that_validates_otherwise_has_a_best_of_its_own(photos, tmp_path, tiny, capsys, monkeypatch, other):
+    settings = [*tiny, "validate_every=2", "checkpoint_every=2", "validation_images=1", "validation_steps=1"]
+    monkeypatch.setattr("dtpm_fast.training.loop.score", scripted(-0.5))
+    assert main(arguments(photos, tmp_path / "run", [*settings, "steps=2"])) == 0
+    monkeypatch.setattr("dtpm_fast.training.loop.score", scripted(-0.9))  # of another kind than the first
+    assert main(arguments(photos, tmp_path / "run", [*settings, "steps=4", other], "--resume")) == 0
+    assert "weights-best begins anew" in capsys.readouterr().out
+    assert read_weights(tmp_path / "run" / "weights-best.safetensors").trained["steps"] == 4
+
+
 def test_a_state_with_other_settings_of_training_resumes(photos, tmp_path, tiny, capsys):
     """Some of now are not in it, and one that is in it has gone."""
     settings = [*tiny, "steps=4", "checkpoint_every=2", "validation_images=0"]

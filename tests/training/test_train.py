@@ -213,6 +213,19 @@ def test_a_pickle_in_the_place_of_a_checkpoint_is_not_executed(photos, tmp_path,
     assert not marker.exists()
 
 
+def test_a_resume_with_another_prior_is_refused(photos, tmp_path, tiny, capsys):
+    """The state's own denoiser would replace it without a word."""
+    for number, run in enumerate(("prior", "other")):
+        assert stage1(photos, tmp_path / run, [*tiny, "steps=1", "validation_images=0", f"seed={number}"]) == 0
+    prior, other = (["--prior", str(tmp_path / run / "weights.safetensors")] for run in ("prior", "other"))
+    settings = [*tiny[2:], "validation_images=0"]
+    assert stage2(photos, tmp_path / "task", [*settings, "steps=1"], *prior) == 0
+    assert stage2(photos, tmp_path / "task", [*settings, "steps=2"], *other, "--resume") == 1
+    assert "was started with another --prior" in capsys.readouterr().err
+    assert stage2(photos, tmp_path / "task", [*settings, "steps=2"], *prior, "--resume") == 0
+    assert read_weights(tmp_path / "task" / "weights.safetensors").trained["prior"] == "weights.safetensors"
+
+
 def test_a_predictor_trained_before_there_is_a_prior(photos, tmp_path, tiny, capsys):
     first, prior = tmp_path / "first", tmp_path / "prior"
     assert stage2(photos, first, [*tiny, "steps=3", "tune=predictor", "validation_images=0"]) == 0
