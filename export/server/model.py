@@ -32,7 +32,8 @@ class TritonPythonModel:
             around[axis] = amount
             padded = np.pad(padded, around, mode="reflect" if photo.shape[axis] > 1 else "edge")
         image = np.ascontiguousarray(padded.transpose(2, 0, 1)[None], dtype=np.float32) / 127.5 - 1
-        generator = np.random.default_rng(0 if seed is None else int(seed.as_numpy().reshape(-1)[0]))
+        number = 0 if seed is None else int(seed.as_numpy().reshape(-1)[0])
+        generator = np.random.default_rng(number % 2**64)  # which takes no negative one
         noise = generator.standard_normal((self.noise_fields, *image.shape[1:]), np.float32)
         answer = pb_utils.InferenceRequest(
             model_name="dtpm_network",

@@ -98,8 +98,9 @@ def test_photos_through_the_python_model(
         Response([Tensor("photo", photo), Tensor("seed", np.array([4]))]),
         Response([Tensor("photo", photo[:1, :1])]),
         Response([Tensor("photo", photo[..., 0])]),
+        Response([Tensor("photo", photo), Tensor("seed", np.array([-4]))]),
     ]
-    first, second, third = model.execute(requests)
+    first, second, third, fourth = model.execute(requests)
     assert calls[0]["model_name"] == "dtpm_network" and calls[0]["preferred_memory"] == ("cpu", 0)
     padded = np.pad(photo, [(0, 3), (0, 2), (0, 0)], mode="reflect").transpose(2, 0, 1)
     image = torch.from_numpy(np.ascontiguousarray(padded[None], dtype=np.float32) / 127.5 - 1)
@@ -112,6 +113,8 @@ def test_photos_through_the_python_model(
     assert restored.dtype == np.uint8 and np.abs(restored - expected.numpy()).max() <= 0.52  # rounded, not cut off
     assert second.tensors[0].as_numpy().shape == (1, 1, 3)
     assert "must be height x width x 3" in third.error()
+    negative = fourth.tensors[0].as_numpy()
+    assert negative.shape == restored.shape and (negative != restored).any()
     refused = Response([], types.SimpleNamespace(message=lambda: "the network has no room"))
     refusing = types.SimpleNamespace(exec=lambda: refused)
     monkeypatch.setattr(module.pb_utils, "InferenceRequest", lambda **options: refusing)
