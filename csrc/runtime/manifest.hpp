@@ -1,6 +1,7 @@
 // manifest.json of an exported folder: read, and checked against manifest.sha256 and the hash of every file.
 #pragma once
 
+#include <algorithm>
 #include <cctype>
 #include <cstdint>
 #include <fstream>
@@ -75,7 +76,10 @@ inline Manifest read_manifest(const std::string& folder) {
       for (const Json& b : engine["buckets"].items)
         found.buckets.push_back({int(b["batch"].number), int(b["height"].number), int(b["width"].number)});
     }
-    if (found.multiple < 1 || found.sigmas.empty() || found.noise_fields < 1) throw std::runtime_error("bad numbers");
+    if (found.multiple < 1 || found.sigmas.empty()) throw std::runtime_error("bad numbers");
+    const auto fresh = std::count_if(found.sigmas.begin(), found.sigmas.end(), [](double sigma) { return sigma > 0; });
+    if (found.noise_fields != 1 + fresh)
+      throw std::runtime_error("noise_fields: its sigmas take " + std::to_string(1 + fresh));
     for (const std::string& graph : {found.prepare, found.step})
       if (!content["files"].has(graph)) throw std::runtime_error("the graph " + graph + " is none of its files");
     for (const auto& [name, entry] : content["files"].members) {

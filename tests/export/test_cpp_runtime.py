@@ -107,6 +107,19 @@ def test_a_kind_that_was_not_built_in(mixer: Path, full_export: Path, tmp_path: 
     assert 'an export of kind "onnx"; this build runs: aoti (dtpm-export --format)' in done.stderr
 
 
+@pytest.mark.parametrize("fields", [1, 3, 5, 2**31])
+def test_noise_fields_that_are_not_the_steps(mixer: Path, full_export: Path, tmp_path: Path, fields: int) -> None:
+    """The backends read a field for every sigma > 0, in TensorRT's from memory of this many."""
+    shutil.copytree(full_export, tmp_path / "x")
+    changed = dataclasses.replace(read_manifest(full_export), kind="aoti", noise_fields=fields)
+    write_manifest(tmp_path / "x", changed)
+    Image.new("RGB", (9, 8)).save(tmp_path / "in.ppm")
+    command = [mixer, tmp_path / "x", tmp_path / "in.ppm", tmp_path / "out.ppm"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and not (tmp_path / "out.ppm").exists()
+    assert "not a readable manifest (noise_fields: its sigmas take 4)" in done.stderr
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3), (8, 8), (3, 17), (37, 51)], ids=str)
 def test_noise_is_that_of_the_restorer(program: Path, size: tuple[int, int]) -> None:
     for seed in (0, 5, 2**40 + 3):
