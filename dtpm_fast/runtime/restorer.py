@@ -203,7 +203,9 @@ class Restorer:
                 settings.enter_context(torch.cuda.device(self.device))
                 if plan is None or plan.dtype == torch.float32:
                     settings.enter_context(without_tf32())
-            y_d = to_network(pad_to(batch.to(self.device), tall, wide)).contiguous(memory_format=torch.channels_last)
+            native = plan is not None and plan.form == "native"  # C++ blocks would copy every picture back
+            layout = torch.contiguous_format if native else torch.channels_last
+            y_d = to_network(pad_to(batch.to(self.device), tall, wide)).contiguous(memory_format=layout)
             restored = self._in_parts(y_d, noise, what)
             return from_network(restored[..., :height, :width], batch.dtype)
 

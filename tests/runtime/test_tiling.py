@@ -183,6 +183,24 @@ def test_a_photo_of_1080p_takes_no_tiles_in_two_gib() -> None:
     assert memory.choose_tile(config, 1, 1088, 1920, torch.float32, memory.CPU_BUDGET, "native") is None
 
 
+@pytest.mark.parametrize("tile", [None, 128])
+def test_cpp_blocks_are_given_pictures_that_they_need_not_copy(
+    tmp_path: Path, random_weights: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tile: int | None
+) -> None:
+    weights = random_weights(tmp_path / "w.safetensors")
+    restorer = Restorer.from_pretrained(weights, "derain", 1, device="cpu", precision="float32", tile=tile)
+    plan = restorer._plan()
+    assert plan is not None
+    if plan.form != "native":
+        pytest.skip("no C++ blocks here")
+    update, given = plan.step_module.update, []
+    monkeypatch.setattr(plan.step_module, "update", lambda *tensors: given.extend(tensors) or update(*tensors))
+    for tensor in (torch.rand(1, 3, 270, 40), torch.rand(1, 272, 40, 3).permute(0, 3, 1, 2)):
+        given.clear()
+        restorer(tensor)
+        assert len(given) == 5 and all(found.is_contiguous() for found in given)
+
+
 @pytest.fixture
 def restorer(tmp_path: Path, random_weights: Callable[..., Path]) -> Restorer:
     weights = random_weights(tmp_path / "w.safetensors")
