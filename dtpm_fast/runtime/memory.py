@@ -16,6 +16,7 @@ from dtpm_fast.runtime.tiling import OVERLAP
 MAPS = {"folded": 20.0, "kernels": 20.0, "native": 2.75}  # of the C++ blocks without the maps of products' inputs
 PICTURES = {"folded": 4, "kernels": 4, "native": 20}
 CPU_BUDGET = 2 << 30  # bytes: a laptop runs other things as well
+PICTURE = 3 * torch.float32.itemsize  # bytes of a pixel
 TILES = (2048, 1536, 1280, 1024, 768, 512, 384, 256, 192, 128)
 
 
@@ -25,7 +26,7 @@ def needed(config: ModelConfig, pixels: int, dtype: torch.dtype, form: str = "fo
     if form == "native":
         # The gated map and the conditions are in the products' dtype, all else is float32.
         maps, of_map = maps + (1 + _condition_maps(config)) * dtype.itemsize / 4, 4
-    return round(pixels * (maps * config.width * of_map + 3 * PICTURES[form] * torch.float32.itemsize))
+    return round(pixels * (maps * config.width * of_map + PICTURES[form] * PICTURE))
 
 
 def _condition_maps(config: ModelConfig) -> float:
@@ -52,10 +53,11 @@ def budget(device: torch.device) -> int:
     return half if device.type == "cuda" else min(half, CPU_BUDGET)
 
 
-def check_fits(batch: int, height: int, width: int, device: torch.device) -> None:
+def check_fits(batch: int, height: int, width: int, fields: int, device: torch.device) -> None:
     """Raise `UserError` where not even the pictures that a restoration holds whole fit into the free memory: a system
-    that promises more than it has would kill the process instead."""
-    least, free = whole(batch, height, width), free_memory(device)
+    that promises more than it has would kill the process instead. Fields of noise are copied when they get a border."""
+    noise, free = fields * PICTURE * height * width, free_memory(device)
+    least = max(whole(batch, height, width) + noise, 2 * noise)
     if least > free:
         raise UserError(
             f"a picture of {width}x{height} pixels: not enough memory; it takes {least / 2**30:.1f} GiB in the "
@@ -64,19 +66,20 @@ def check_fits(batch: int, height: int, width: int, device: torch.device) -> Non
 
 
 def whole(batch: int, height: int, width: int) -> int:
-    """Bytes that stay whole however small the tiles: x, x0, y_d, y_eps and the blended map, in float32."""
-    return 5 * 12 * batch * height * width
+    """Bytes that stay whole however small the tiles: y_d, y_eps, the blended map, and x and x0 of two steps."""
+    return 7 * PICTURE * batch * height * width
 
 
 def choose_tile(
     config: ModelConfig, batch: int, height: int, width: int, dtype: torch.dtype, free: int, form: str = "folded"
 ) -> int | None:
-    """The core of the largest tiles that fit into `free` bytes; None where the whole picture fits."""
+    """The core of the largest tiles that fit into `free` bytes, beside pictures that leave too little into an eighth of
+    them: small tiles cost more time than they save; None where the whole picture fits."""
     if needed(config, batch * height * width, dtype, form) <= free:
         return None
-    pictures = whole(batch, height, width)
+    room = max(free - whole(batch, height, width), free // 8)
     for core in TILES:
-        if needed(config, batch * (core + 2 * OVERLAP) ** 2, dtype, form) + pictures <= free:
+        if needed(config, batch * (core + 2 * OVERLAP) ** 2, dtype, form) <= room:
             return core
     return TILES[-1]
 

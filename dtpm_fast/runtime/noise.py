@@ -20,4 +20,7 @@ def noise_fields(seed: int, height: int, width: int, fields: int = 1) -> Tensor:
     fields, so that a batch gives what its pictures give one by one.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randn(3, height, width, generator=generator) for _ in range(fields)])
+    found = torch.empty(fields, 3, height, width)
+    for field in found:
+        field.normal_(generator=generator)
+    return found

@@ -193,7 +193,7 @@ class Restorer:
 
     def _run(self, batch: Tensor, what: Work) -> Tensor:
         height, width = batch.shape[-2:]
-        check_fits(batch.shape[0], height, width, self.device)
+        check_fits(batch.shape[0], height, width, self.steps.noise_fields, self.device)
         tall, wide = (round_up(side, self.multiple) for side in (height, width))
         noise = pad_to(noise_fields(self.seed, height, width, self.steps.noise_fields), tall, wide).to(self.device)
         plan = self._plan()

@@ -17,7 +17,7 @@ from dtpm_fast.runtime.noise import noise_fields
 from dtpm_fast.runtime.plan import Plan, native_form
 from dtpm_fast.runtime.restorer import _out_of_memory
 from dtpm_fast.runtime.sampler import make_steps
-from dtpm_fast.runtime.tiling import Tiled, blend_weight, windows
+from dtpm_fast.runtime.tiling import OVERLAP, Tiled, blend_weight, windows
 
 LAYOUTS = [
     (64, 64, 32, 16, 16),
@@ -183,6 +183,14 @@ def test_a_photo_of_1080p_takes_no_tiles_in_two_gib() -> None:
     assert memory.choose_tile(config, 1, 1088, 1920, torch.float32, memory.CPU_BUDGET, "native") is None
 
 
+def test_pictures_that_fill_the_memory_leave_an_eighth_for_tiles() -> None:
+    config, free = Config.of(preset="light").model, memory.CPU_BUDGET
+    assert memory.whole(1, 4000, 7000) > free
+    core = memory.choose_tile(config, 1, 4000, 7000, torch.float32, free, "native")
+    assert core == 384  # of 128 the network sees every pixel four times, of 384 not twice
+    assert memory.needed(config, (core + 2 * OVERLAP) ** 2, torch.float32, "native") <= free // 8
+
+
 @pytest.mark.parametrize("tile", [None, 128])
 def test_cpp_blocks_are_given_pictures_that_they_need_not_copy(
     tmp_path: Path, random_weights: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tile: int | None
@@ -258,7 +266,7 @@ def test_only_auto_asks_the_memory(
 
 
 def test_a_picture_that_no_tile_makes_fit_is_one_line(restorer: Restorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_memory", lambda _: 5 * 12 * 100 * 80 - 1)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 8 * 12 * 100 * 80 - 1)
     with pytest.raises(
         UserError, match=r"80x100 pixels: not enough memory; it takes 0.0 GiB .* make it smaller"
     ) as one:
@@ -266,7 +274,19 @@ def test_a_picture_that_no_tile_makes_fit_is_one_line(restorer: Restorer, monkey
     assert "\n" not in str(one.value)
     assert restorer(photo(50, 40)).shape == (50, 40, 3)
     with pytest.raises(UserError, match="40x50 pixels: not enough memory"):
-        restorer(torch.zeros(4, 3, 50, 40))  # as many pixels as the large one
+        restorer(torch.zeros(5, 3, 50, 40))
+
+
+def test_the_noise_of_many_steps_counts(
+    tmp_path: Path, random_weights: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A field for every step of weights with eta > 0; 2 pixels of border copy them."""
+    weights = random_weights(tmp_path / "w.safetensors", eta=1.0)
+    restorer = Restorer.from_pretrained(weights, "derain", 10, device="cpu")
+    monkeypatch.setattr("dtpm_fast.runtime.restorer.noise_fields", lambda *_: pytest.fail("drawn already"))
+    monkeypatch.setattr(memory, "free_memory", lambda _: 2 * 10 * 12 * 30 * 22 - 1)
+    with pytest.raises(UserError, match="22x30 pixels: not enough memory"):
+        restorer(photo(30, 22))
 
 
 def test_a_capture_that_failed_for_memory_is_out_of_memory() -> None:
