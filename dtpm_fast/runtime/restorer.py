@@ -247,7 +247,7 @@ class Restorer:
                 smaller = (core or round_up(max(height, width), 2)) // 2
                 if plan is None or self.tile != "auto" or smaller < SMALLEST:
                     raise UserError(
-                        f"a picture of {width}x{height} pixels: not enough memory; {_advice(plan)}"
+                        f"a picture of {width}x{height} pixels: not enough memory; {_advice(plan, self.tile)}"
                     ) from error
                 core = smaller
             if self.device.type == "cuda":
@@ -300,8 +300,10 @@ def _out_of_memory(error: BaseException | None) -> bool:
     return here or _out_of_memory(error.__context__)
 
 
-def _advice(plan: Plan | None) -> str:
-    return "use --tile auto" if plan is not None else "restore from the weights with --backend fused, which tiles"
+def _advice(plan: Plan | None, tile: int | str | None) -> str:
+    if plan is None:
+        return "restore from the weights with --backend fused, which tiles"
+    return "make it smaller or cut it" if tile == "auto" else "use --tile auto"
 
 
 def _describe(weights: Weights) -> str:

@@ -241,7 +241,7 @@ def test_out_of_memory_goes_on_in_tiles_and_halves_them(
     with pytest.raises(UserError, match="400x520 pixels: not enough memory; use --tile auto"):
         restorer(before)
     restorer.tile, limit = "auto", 0
-    with pytest.raises(UserError, match="400x520 pixels: not enough memory"):
+    with pytest.raises(UserError, match="400x520 pixels: not enough memory; make it smaller or cut it"):
         restorer(before)
 
 
