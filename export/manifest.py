@@ -154,6 +154,7 @@ def read_manifest(folder: Path | str) -> Manifest:
         graphs = {name: _graph(graph) for name, graph in content["graphs"].items()}
         names = {f.name for f in dataclasses.fields(Manifest)}
         manifest = Manifest(**{**{k: v for k, v in content.items() if k in names}, "graphs": graphs})
+        hashes = {name: entry["sha256"] for name, entry in manifest.files.items()}
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file; is {folder} a folder that dtpm-export wrote?") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -161,11 +162,11 @@ def read_manifest(folder: Path | str) -> Manifest:
     for name in (*manifest.files, *(graph.file for graph in manifest.graphs.values())):
         if name not in manifest.files or Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{path}: names {name!r}, which is none of the export's files; export again")
-    for name, recorded_file in manifest.files.items():
+    for name, recorded_hash in hashes.items():
         file = folder / name
         if not file.is_file():
             raise UserError(f"{file}: is missing from the export; export again")
-        if sha256(file) != recorded_file["sha256"]:
+        if sha256(file) != recorded_hash:
             raise UserError(f"{file}: is not the file that was exported (SHA-256 differs); export again")
     return manifest
 

@@ -62,8 +62,12 @@ inline Manifest read_manifest(const std::string& folder) {
     found.kind = content["kind"].text;
     found.task = content["task"].text;
     found.precision = content["precision"].text;
-    found.multiple = static_cast<int>(content["multiple"].number);
-    found.noise_fields = static_cast<int>(content["noise_fields"].number);
+    const auto whole = [](const Json& value) {  // no cast of a number that its type cannot hold
+      if (!(value.number >= 1 && value.number <= 1 << 20)) throw std::runtime_error("bad numbers");
+      return static_cast<int>(value.number);
+    };
+    found.multiple = whole(content["multiple"]);
+    found.noise_fields = whole(content["noise_fields"]);
     for (const Json& sigma : content["sampler"]["sigmas"].items) found.sigmas.push_back(sigma.number);
     found.prepare = content["graphs"]["prepare"]["file"].text;
     found.step = content["graphs"]["step"]["file"].text;
@@ -74,9 +78,9 @@ inline Manifest read_manifest(const std::string& folder) {
       found.compute_capability = engine["compute_capability"].text;
       found.gpu = engine["gpu"].text;
       for (const Json& b : engine["buckets"].items)
-        found.buckets.push_back({int(b["batch"].number), int(b["height"].number), int(b["width"].number)});
+        found.buckets.push_back({whole(b["batch"]), whole(b["height"]), whole(b["width"])});
     }
-    if (found.multiple < 1 || found.sigmas.empty()) throw std::runtime_error("bad numbers");
+    if (found.multiple > 1024 || found.sigmas.empty()) throw std::runtime_error("bad numbers");
     const auto fresh = std::count_if(found.sigmas.begin(), found.sigmas.end(), [](double sigma) { return sigma > 0; });
     if (found.noise_fields != 1 + fresh)
       throw std::runtime_error("noise_fields: its sigmas take " + std::to_string(1 + fresh));

@@ -107,17 +107,45 @@ def test_a_kind_that_was_not_built_in(mixer: Path, full_export: Path, tmp_path: 
     assert 'an export of kind "onnx"; this build runs: aoti (dtpm-export --format)' in done.stderr
 
 
-@pytest.mark.parametrize("fields", [1, 3, 5, 2**31])
-def test_noise_fields_that_are_not_the_steps(mixer: Path, full_export: Path, tmp_path: Path, fields: int) -> None:
-    """The backends read a field for every sigma > 0, in TensorRT's from memory of this many."""
+@pytest.mark.parametrize(
+    ("number", "value", "why"),
+    [
+        # The backends read a field for every sigma > 0, in TensorRT's from memory of this many.
+        *(("noise_fields", fields, "noise_fields: its sigmas take 4") for fields in (1, 3, 5)),
+        *(("noise_fields", fields, "bad numbers") for fields in (0, 2**31)),
+        *(("multiple", multiple, "bad numbers") for multiple in (-8, 2**20, 2**31, 2**80)),
+    ],
+)
+def test_numbers_that_the_graphs_cannot_have(
+    mixer: Path, full_export: Path, tmp_path: Path, number: str, value: int, why: str
+) -> None:
     shutil.copytree(full_export, tmp_path / "x")
-    changed = dataclasses.replace(read_manifest(full_export), kind="aoti", noise_fields=fields)
+    changed = dataclasses.replace(read_manifest(full_export), kind="aoti", **{number: value})
     write_manifest(tmp_path / "x", changed)
     Image.new("RGB", (9, 8)).save(tmp_path / "in.ppm")
     command = [mixer, tmp_path / "x", tmp_path / "in.ppm", tmp_path / "out.ppm"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and not (tmp_path / "out.ppm").exists()
-    assert "not a readable manifest (noise_fields: its sigmas take 4)" in done.stderr
+    assert f"not a readable manifest ({why})" in done.stderr
+
+
+def test_a_ppm_with_comments_and_a_seed_that_is_no_number(mixer: Path, full_export: Path, tmp_path: Path) -> None:
+    shutil.copytree(full_export, tmp_path / "x")
+    write_manifest(
+        tmp_path / "x", dataclasses.replace(read_manifest(full_export), kind="aoti", engine={"device": "cpu"})
+    )
+    (tmp_path / "plain.ppm").write_bytes(b"P6 9 8 255\n" + bytes(range(216)))
+    (tmp_path / "gimp.ppm").write_bytes(b"P6\n# GIMP 3 # wrote this\n9 8\n#\n255\n" + bytes(range(216)))
+    for name in ("plain", "gimp"):
+        command = [mixer, tmp_path / "x", tmp_path / f"{name}.ppm", tmp_path / f"{name}-out.ppm", "7"]
+        subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "gimp-out.ppm").read_bytes() == (tmp_path / "plain-out.ppm").read_bytes()
+    for seed in ("", "7x"):
+        done = subprocess.run([*command[:-2], tmp_path / "new.ppm", seed], capture_output=True, text=True)
+        assert done.returncode == 1 and "the seed must be a whole number" in done.stderr
+    (tmp_path / "gimp.ppm").write_bytes(b"P6\n# no end")
+    done = subprocess.run([*command[:-2], tmp_path / "new.ppm"], capture_output=True, text=True)
+    assert done.returncode == 1 and "not a binary PPM" in done.stderr and not (tmp_path / "new.ppm").exists()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3), (8, 8), (3, 17), (37, 51)], ids=str)

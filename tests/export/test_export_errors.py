@@ -177,11 +177,15 @@ def test_tampering_is_seen(full_export: Path, tmp_path: Path) -> None:
         (folder / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
         with pytest.raises(UserError, match=re.escape(f"names {other!r}, which is none of the export's files")):
             read_manifest(folder)
-    manifest.write_text(text.replace('"dtpm-export-1"', '"dtpm-export-2"'))
-    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
-    (folder / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
-    with pytest.raises(UserError, match=r"manifest\.json: not an export of dtpm-fast \(no 'dtpm-export-1' in it\)"):
-        read_manifest(folder)
+    for was, now, cause in (
+        ('"sha256"', '"md5"', r"not a readable manifest \('sha256'\)"),
+        ('"dtpm-export-1"', '"dtpm-export-2"', r"not an export of dtpm-fast \(no 'dtpm-export-1' in it\)"),
+    ):
+        manifest.write_text(text.replace(was, now))
+        digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+        (folder / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
+        with pytest.raises(UserError, match=rf"manifest\.json: {cause}"):
+            read_manifest(folder)
     with pytest.raises(UserError, match=r"is .* a folder that dtpm-export wrote"):
         read_manifest(tmp_path)
 

@@ -1,4 +1,5 @@
 /* restore_ppm FOLDER in.ppm out.ppm [seed]: a photo (binary PPM, P6) restored with an exported folder. */
+#include <ctype.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -9,16 +10,29 @@ static int fail(const char* what, const char* why) {
   return 1;
 }
 
+/* The next number of a header; comments, as GIMP writes them, run from # to the end of their line. */
+static int number(FILE* in) {
+  int value = 0, c = fgetc(in);
+  for (; c == '#' || isspace(c); c = fgetc(in))
+    if (c == '#')
+      while (c != '\n' && c != EOF) c = fgetc(in);
+  ungetc(c, in);
+  return fscanf(in, "%d", &value) == 1 ? value : 0;
+}
+
 int main(int argc, char** argv) {
   if (argc < 4 || argc > 5) {
     fprintf(stderr, "usage: restore_ppm FOLDER in.ppm out.ppm [seed]\n");
     return 2;
   }
-  int width = 0, height = 0, top = 0;
+  char* end = "";
+  const uint64_t seed = argc == 5 ? strtoull(argv[4], &end, 10) : 0;
+  if (*end != '\0' || (argc == 5 && *argv[4] == '\0')) return fail(argv[4], "the seed must be a whole number");
   FILE* in = fopen(argv[2], "rb");
   if (in == NULL) return fail(argv[2], "cannot be opened");
-  if (fscanf(in, "P6 %d %d %d", &width, &height, &top) != 3 || top != 255 || fgetc(in) == EOF || width < 1 || height < 1 ||
-      width > 1 << 15 || height > 1 << 15) {
+  const int known = fgetc(in) == 'P' && fgetc(in) == '6';
+  const int width = number(in), height = number(in), top = number(in);
+  if (!known || top != 255 || fgetc(in) == EOF || width < 1 || height < 1 || width > 1 << 15 || height > 1 << 15) {
     fclose(in);
     return fail(argv[2], "not a binary PPM with 8 bits a colour");
   }
@@ -34,7 +48,6 @@ int main(int argc, char** argv) {
     fail("dtpm_open", dtpm_last_error());
   } else {
     fprintf(stderr, "%s\n", dtpm_about(restorer));
-    const uint64_t seed = argc == 5 ? strtoull(argv[4], NULL, 10) : 0;
     if (dtpm_restore(restorer, photo, height, width, seed, photo) != DTPM_OK) {
       fail("dtpm_restore", dtpm_last_error());
     } else {
