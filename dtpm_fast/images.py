@@ -52,7 +52,10 @@ def image_size(path: Path | str) -> tuple[int, int]:
 
 def _orientation(image: Image.Image) -> int:
     """The one EXIF tag that counts. Pillow's exif_transpose writes all of them again, and fails on any odd one."""
-    return image.getexif().get(_ORIENTATION, 1)
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except _BROKEN:  # EXIF that is none says nothing of the pixels
+        return 1
 
 
 def to_rgb8(image: Image.Image) -> np.ndarray:

@@ -94,6 +94,13 @@ def test_odd_exif_does_not_matter(tmp_path, rgb):
     assert read_image(tmp_path / "odd.jpg").shape == (13, 9, 3)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+def test_exif_that_is_none_leaves_the_picture_as_it_is(tmp_path, rgb, suffix):
+    path = tmp_path / f"junk{suffix}"
+    Image.fromarray(rgb).save(path, exif=b"no EXIF at all", lossless=True)
+    assert np.array_equal(read_image(path), rgb) and image_size(path) == (9, 13)
+
+
 def test_colours_of_another_profile_become_srgb(tmp_path, rgb):
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     swapped = srgb.replace("sRGB".encode("utf-16-be"), "sBGR".encode("utf-16-be"))  # its description
