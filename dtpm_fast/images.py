@@ -19,7 +19,9 @@ _TURNS = {  # what undoes each of its values but 1
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-_BROKEN = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)  # of Pillow
+_BROKEN = (  # what Pillow raises, the last for AVIF
+    OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError, RuntimeError,
+)  # fmt: skip
 
 
 def read_image(path: Path | str) -> np.ndarray:
@@ -46,6 +48,8 @@ def image_size(path: Path | str) -> tuple[int, int]:
                 image.load()  # newer Pillows turn a TIFF while they load it
             turned = _orientation(image) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)
+    except MemoryError as error:  # JPEG 2000 reads its header whole
+        raise UserError(f"{path}: not enough memory to read it") from error
     except _BROKEN as error:
         raise UserError(f"{path}: not a readable picture ({error})") from error
 
