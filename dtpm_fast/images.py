@@ -76,8 +76,9 @@ def to_rgb8(image: Image.Image) -> np.ndarray:
         scale = 255.0 / 65535.0
         if image.mode in ("I", "F") and brightest <= 255:
             scale = 255.0 if image.mode == "F" and brightest <= 1 else 1.0
-        grey = np.clip(np.rint(wide * scale), 0, 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
+        grey = Image.fromarray(np.clip(np.rint(wide * scale), 0, 255).astype(np.uint8))
+        grey.info["icc_profile"] = image.info.get("icc_profile")
+        image = grey
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     colours = _in_srgb(image)

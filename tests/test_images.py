@@ -154,6 +154,8 @@ def test_a_profile_of_grey_counts_for_grey_pictures(tmp_path: Path) -> None:
     for mode, expected in (("L", 188), ("LA", 188), ("RGB", 128)):  # half of white's light is 188 of 255 in sRGB
         Image.new("L", (4, 3), 128).convert(mode).save(tmp_path / "grey.png", icc_profile=linear_grey())
         assert (read_image(tmp_path / "grey.png") == expected).all()
+    Image.fromarray(np.full((3, 4), 128 * 257, np.uint16)).save(tmp_path / "grey16.png", icc_profile=linear_grey())
+    assert (read_image(tmp_path / "grey16.png") == 188).all()
 
 
 @pytest.mark.parametrize("top", [1, 255, 65535])
