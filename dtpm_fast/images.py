@@ -19,6 +19,7 @@ _TURNS = {  # what undoes each of its values but 1
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+_SRGB = ImageCms.createProfile("sRGB")
 _BROKEN = (  # what Pillow raises, the last for AVIF
     OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError, RuntimeError,
 )  # fmt: skip
@@ -96,15 +97,24 @@ def _in_srgb(image: Image.Image) -> Image.Image:
         if not profile:
             return image.convert("RGB")
         given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(given):
+        if _is_srgb(given):
             return image.convert("RGB")
         own = {"GRAY": "L", "CMYK": "CMYK"}.get(given.profile.xcolor_space.strip(), "RGB")
         if own != "RGB" and own != image.mode.removesuffix("A"):
             return image.convert("RGB")
-        colours = ImageCms.profileToProfile(image.convert(own), given, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        colours = ImageCms.profileToProfile(image.convert(own), given, _SRGB, outputMode="RGB")
         return colours or image.convert("RGB")
     except (ImageCms.PyCMSError, OSError):
         return image.convert("RGB")
+
+
+def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
+    """By its name and by what it makes of a middle grey: linear sRGB, as editors write it, has the name too."""
+    if "sRGB" not in ImageCms.getProfileDescription(profile):
+        return False
+    grey = Image.new("RGB", (1, 1), (128, 128, 128))
+    shown = ImageCms.profileToProfile(grey, profile, _SRGB, flags=0x0100)  # no tables: for one pixel they take longer
+    return shown is not None and bool(np.abs(np.asarray(shown, dtype=int) - 128).max() <= 8)
 
 
 def write_image(path: Path | str, rgb: np.ndarray) -> None:

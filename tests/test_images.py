@@ -137,6 +137,13 @@ def test_colours_of_another_profile_become_srgb(tmp_path, rgb):
     assert np.array_equal(clear[shown], read_image(tmp_path / "flat.png")[shown])
 
 
+def test_linear_srgb_is_converted_for_all_its_name(tmp_path: Path) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    linear = srgb.replace(b"para" + bytes(4) + b"\0\3\0\0", b"curv" + bytes(8))  # as GIMP's "built-in Linear sRGB"
+    Image.new("RGB", (4, 3), (128, 128, 128)).save(tmp_path / "linear.png", icc_profile=linear)
+    assert (read_image(tmp_path / "linear.png") == 188).all()
+
+
 def linear_grey() -> bytes:
     """A profile of grey whose values are proportional to light."""
     text = b"mluc" + bytes(4) + struct.pack(">II2s2sII", 1, 12, b"en", b"US", 8, 28) + "grey".encode("utf-16-be")
