@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from dtpm_fast.errors import UserError
 
@@ -11,6 +12,8 @@ def run(work: Callable[[], int]) -> int:
     """Call `work`; a `UserError` becomes one line on standard error and exit code 1, Ctrl-C exit code 130. A reader of
     the output that has gone (`| head`) is exit code 1 without a line; a file or folder that the system refuses is one
     with its name and the system's reason."""
+    if sys.stderr is None:  # closed (2>&-): bars would fail, lines go to standard output, and its number to a file
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - as long as the process
     try:
         return work()
     except UserError as error:

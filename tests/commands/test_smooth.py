@@ -273,6 +273,12 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert "dtpm-smooth photos/ -o smooth/" in capsys.readouterr().out
 
 
+def test_a_closed_standard_error_keeps_no_photo_from_its_result(photos: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dtpm_fast.commands.smooth", str(photos), "-o", str(tmp_path / "smooth")]
+    run = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], cwd=tmp_path, stdout=subprocess.PIPE)
+    assert run.returncode == 0 and run.stdout == b"" and any((tmp_path / "smooth").rglob("*.png"))
+
+
 @pytest.mark.slow
 def test_killed_three_times_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
