@@ -1,5 +1,6 @@
 """Exit codes of every command: 0 on success, 1 on a failure with a one-line cause, 2 on bad usage (argparse's own)."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ def run(work: Callable[[], int]) -> int:
     with its name and the system's reason."""
     if sys.stderr is None:  # closed (2>&-): bars would fail, lines go to standard output, and its number to a file
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - as long as the process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error's: names may be no UTF-8
     try:
         return work()
     except UserError as error:

@@ -329,7 +329,10 @@ def _perceptual(
 
 def _write_csv(path: Path, rows: Sequence["Row"]) -> None:
     """One line per picture and method."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,  # names that are no UTF-8
+    ):
         figures = list(next(iter(rows[0].figures.values())))
         writer = csv.writer(file)
         writer.writerow(["name", "width", "height", "method", *figures])

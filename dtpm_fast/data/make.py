@@ -1,5 +1,6 @@
 """Test sets of synthetic degradations, on photos that ship with scikit-image or on one's own."""
 
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def make_pairs(
             if jpeg is not None and max(picture.shape) > LARGEST_SIDE:
                 raise UserError(f"{name}: is too long for a JPEG file, which has at most {LARGEST_SIDE} pixels a side")
             for strength in strengths:
-                rng = np.random.default_rng([seed, zlib.crc32(f"{task} {name} {strength:g}".encode())])
+                rng = np.random.default_rng([seed, zlib.crc32(os.fsencode(f"{task} {name} {strength:g}"))])
                 degraded = degrade(task, picture.astype(np.float32) / 255, rng, strength)
                 degraded8 = np.rint(degraded * 255).astype(np.uint8)
                 if noise:

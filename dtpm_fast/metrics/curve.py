@@ -66,7 +66,8 @@ def write_curve(
             about = html.escape(f"{step:g}: {NAMES.get(name, name)} {value:.4f}")
             parts.append(f'<circle cx="{cx}" cy="{cy}" r="4" fill="{colour}"><title>{about}</title></circle>')
     with atomic_path(path) as temporary:
-        temporary.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+        text = "\n".join([*parts, "</svg>"]) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are no UTF-8
 
 
 def _axis(low: float, high: float, first: float, last: float) -> Callable[[float], float]:

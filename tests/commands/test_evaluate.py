@@ -273,6 +273,21 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert "b.png: not a readable picture" in error("--data", str(pairs))
 
 
+def test_names_that_are_no_utf8_cost_no_figures(weights: str, tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / os.fsdecode(b"rain\xff"), [(32, 24)])
+    for kind in ("input", "target"):
+        (data / "test" / kind / "a.png").rename(data / "test" / kind / os.fsdecode(b"a\xff.png"))
+    command = [sys.executable, "-m", "dtpm_fast.commands.evaluate", "--task", "derain", "--data", str(data)]
+    command += ["--weights", weights, *OFFLINE, "--steps", "1", "2"]
+    for flag, file in (("--json", "r.json"), ("--csv", "r.csv"), ("--curve", "c.svg"), ("--report", "r.html")):
+        command += [flag, str(tmp_path / file)]
+    run = subprocess.run(command, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    assert b"rain\\udcff" in run.stdout
+    assert "a\\udcff.png" in (tmp_path / "r.csv").read_text(encoding="utf-8")
+    assert "rain\\udcff" in (tmp_path / "c.svg").read_text(encoding="utf-8")
+
+
 def test_a_reader_that_has_gone_costs_no_file(pairs: Path, weights: str, tmp_path: Path) -> None:
     """As in `dtpm-evaluate ... | head -1`."""
     command = [sys.executable, "-m", "dtpm_fast.commands.evaluate", "--task", "derain", "--data", str(pairs)]

@@ -1,5 +1,6 @@
 """`python -m dtpm_fast.data check` and `sheet`."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -214,6 +215,13 @@ def test_a_synthetic_test_set(tmp_path: Path, picture: Callable[..., Path], caps
     assert main([*make, "--strength", "-1", "-o", str(tmp_path / "new")]) == 1
     assert "must be 0 or more" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_synthetic_test_set_of_a_name_that_is_no_utf8(tmp_path: Path, picture: Callable[..., Path]) -> None:
+    name = os.fsdecode(b"\xff.png")
+    picture(tmp_path / "photos" / name, 12, 12, 1)
+    assert main(["make", str(tmp_path / "photos"), "--task", "derain", "-o", str(tmp_path / "set")]) == 0
+    assert (tmp_path / "set/input" / name).is_file()
 
 
 def test_a_synthetic_test_set_out_of_jpeg_files(
