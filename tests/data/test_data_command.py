@@ -196,6 +196,19 @@ def test_module_runs() -> None:
     assert "python -m dtpm_fast.data check --task deblur GoPro" in shown.stdout
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_takes_nothing_is_exit_code_1(photos: Path, unbuffered: str) -> None:
+    """A reader that has gone is no word, a full disk one line, whenever Python writes what it holds."""
+    command = [sys.executable, "-m", "dtpm_fast.data", "check", "--task", "derain", str(photos)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as gone, Path("/dev/full").open("wb") as full:
+        for output, said in ((gone, ""), (full, "error: standard output: No space left on device\n")):
+            run = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, env=environment)
+            assert (run.returncode, run.stderr) == (1, said)
+
+
 def test_a_synthetic_test_set(tmp_path: Path, picture: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     picture(tmp_path / "photos/a.png", 40, 33, 1)
     picture(tmp_path / "photos/b.png", 24, 48, 2)
