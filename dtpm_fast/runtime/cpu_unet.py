@@ -228,7 +228,7 @@ class CpuUNet(FoldedUNet):
 
 def native_update(row: Tensor, x: Tensor, output: Tensor, previous: Tensor, y_eps: Tensor) -> tuple[Tensor, Tensor]:
     """`sampler.update` in one pass over its pictures, all float32."""
-    following, x0 = torch.empty(y_eps.shape), torch.empty(y_eps.shape)
+    following, x0 = (torch.empty(y_eps.shape, dtype=torch.float32) for _ in range(2))
     _nafnet.update(
         row.numpy(), x.contiguous().numpy(), output.contiguous().numpy(), previous.contiguous().numpy(),
         y_eps.contiguous().numpy(), following.numpy(), x0.numpy(), threads=torch.get_num_threads(),

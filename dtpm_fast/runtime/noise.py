@@ -20,7 +20,7 @@ def noise_fields(seed: int, height: int, width: int, fields: int = 1) -> Tensor:
     fields, so that a batch gives what its pictures give one by one.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = torch.empty(fields, 3, height, width)
+    found = torch.empty(fields, 3, height, width, dtype=torch.float32)
     for field in found:
         field.normal_(generator=generator)
     return found

@@ -165,8 +165,8 @@ def _given(means: dict[int, Tensor]) -> Mean:
 
 def _ramp(span: Span, side: int, overlap: int) -> Tensor:
     """(stop - start,): 1/2 at the borders of the core, and `overlap` pixels from 0 to 1 around them."""
-    middle = torch.arange(span.start, span.stop) + 0.5
-    ramp = torch.ones(len(middle))
+    middle = torch.arange(span.start, span.stop, dtype=torch.float32) + 0.5
+    ramp = torch.ones_like(middle)
     if span.core_start > 0:
         ramp = ramp.minimum((0.5 + (middle - span.core_start) / overlap).clamp(0, 1))
     if span.core_stop < side:

@@ -7,6 +7,7 @@ import torch
 from dtpm_fast.config import Config
 from dtpm_fast.diffusion import ddim_gammas, restore
 from dtpm_fast.errors import UserError
+from dtpm_fast.runtime.cpu_unet import native_update
 from dtpm_fast.runtime.noise import noise_fields
 from dtpm_fast.runtime.reference import Reference
 from dtpm_fast.runtime.sampler import Conditions, Steps, make_steps, sample, update
@@ -118,6 +119,18 @@ def test_noise_is_a_function_of_seed_and_size() -> None:
     many = noise_fields(0, 200, 200)
     assert abs(float(many.mean())) < 0.02
     assert abs(float(many.std()) - 1) < 0.02
+
+
+def test_a_program_s_default_dtype_does_not_matter() -> None:
+    noise, row = noise_fields(3, 5, 7), make_steps(Config.of(preset="tiny"), 2).table[0].float()
+    expected = native_update(row, *[noise[None, 0]] * 4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(noise, noise_fields(3, 5, 7))
+        for given, ours in zip(native_update(row, *[noise[None, 0]] * 4), expected, strict=True):
+            assert torch.equal(given, ours) and given.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_eta_takes_a_field_for_every_step_but_the_last() -> None:
