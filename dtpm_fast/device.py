@@ -19,7 +19,7 @@ def choose_device(name: str = "auto") -> tuple[torch.device, str]:
         return torch.device("cpu"), f"cpu ({torch.get_num_threads()} threads): no CUDA device was found"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UserError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():

@@ -5,6 +5,7 @@ Tensors over pixels are (B, 3, H, W); per-sample scalars such as gamma are (B,) 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -139,7 +140,7 @@ def ddim_timesteps(steps: int, config: DiffusionConfig) -> list[int]:
     unless S is a whole number and 1 <= S <= T.
     """
     total = config.timesteps
-    if not isinstance(steps, int) or not 1 <= steps <= total:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= steps <= total:
         raise UserError(f"steps = {steps!r}: must be a whole number from 1 to {total}")
     if config.spacing == "trailing":
         return [round(total - i * total / steps) - 1 for i in range(steps)]

@@ -1,5 +1,7 @@
 """The noise of a restoration: a function of the seed and the picture's size only, on every device and backend."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -8,9 +10,9 @@ from dtpm_fast.errors import UserError
 
 def check_seed(seed: int) -> int:
     """The seed, if PyTorch's generators take it. Raises `UserError`."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= int(seed) < 2**64:
         raise UserError(f"seed {seed}: must be a whole number from -2^63 to 2^64 - 1")
-    return seed
+    return int(seed)
 
 
 def noise_fields(seed: int, height: int, width: int, fields: int = 1) -> Tensor:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Restorer:
         self.model = _load(weights, self.device)
         self.multiple = self.model.multiple
         self.backend, why_backend = choose_backend(backend, self.model, self.steps, self.device, precision)
-        if isinstance(self.backend, Reference) and isinstance(tile, int):
+        if isinstance(self.backend, Reference) and isinstance(self.tile, int):
             raise UserError(f"tile {tile}: the reference backend does not tile; use --backend fused")
         self._folded: Plan | None = None  # the plan for tiles, where the backend's own has fused kernels
         self._tasks: TaskSwap | None = None  # from the first change of task on
@@ -198,6 +199,9 @@ class Restorer:
         noise = pad_to(noise_fields(self.seed, height, width, self.steps.noise_fields), tall, wide).to(self.device)
         plan = self._plan()
         with ExitStack() as settings:
+            settings.enter_context(
+                torch.autocast(self.device.type, enabled=False)
+            )  # the precision is this class's choice
             if self.device.type == "cuda":
                 # Triton and graph captures run on the current device, which need not be this one.
                 settings.enter_context(torch.cuda.device(self.device))
@@ -285,9 +289,9 @@ def _tensors(model: DTPM, steppers: Sequence[Plan | Reference]) -> dict[str, Ten
 def _check_tile(tile: int | str | None) -> int | str | None:
     if tile is None or tile in ("auto", "none"):
         return None if tile == "none" else tile
-    if not isinstance(tile, int) or tile < SMALLEST:
+    if isinstance(tile, bool) or not isinstance(tile, Integral) or int(tile) < SMALLEST:
         raise UserError(f"tile {tile}: use auto, none, or a number of pixels from {SMALLEST} on")
-    return tile
+    return int(tile)
 
 
 def _out_of_memory(error: BaseException | None) -> bool:

@@ -97,6 +97,20 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(weights: P
         assert (once != other).any()
 
 
+def test_settings_may_be_numpys_and_a_programs_autocast_changes_no_byte(weights: Path) -> None:
+    whole = np.int64
+    for backend, tile in (("reference", None), ("fused", 128)):
+        settings = {"device": "cpu", "backend": backend, "precision": "float32"}
+        of_numpy = Restorer.from_pretrained(
+            weights, "derain", steps=whole(2), seed=whole(5), tile=tile and whole(tile), **settings
+        )
+        own = Restorer.from_pretrained(weights, "derain", steps=2, seed=5, tile=tile, **settings)
+        before = photo(150, 21)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = of_numpy(before)
+        np.testing.assert_array_equal(found, own(before))
+
+
 def test_all_kinds_of_photo_agree(restorer: Restorer, tmp_path: Path) -> None:
     before = photo(18, 27)
     Image.fromarray(before).save(tmp_path / "photo.png")
@@ -215,10 +229,13 @@ def test_unusable_settings_are_named(weights: Path) -> None:
         ({"steps": 0}, "steps = 0: must be a whole number from 1 to 1000"),
         ({"steps": "4"}, "steps = '4': must be a whole number from 1 to 1000"),
         ({"steps": 1001}, "steps = 1001"),
+        ({"steps": True}, "steps = True: must be a whole number"),
         ({"backend": "magic"}, "unknown backend 'magic'"),
         ({"device": "magic"}, "unknown device 'magic'"),
+        ({"device": None}, "unknown device None"),
         ({"seed": 1.5}, "seed 1.5: must be a whole number"),
         ({"seed": True}, "seed True: must be a whole number"),
+        ({"tile": True}, "tile True: use auto, none, or a number"),
     ):
         with pytest.raises(UserError, match=message):
             Restorer.from_pretrained(weights, "derain", **settings)
