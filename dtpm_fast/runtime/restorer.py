@@ -199,9 +199,8 @@ class Restorer:
         noise = pad_to(noise_fields(self.seed, height, width, self.steps.noise_fields), tall, wide).to(self.device)
         plan = self._plan()
         with ExitStack() as settings:
-            settings.enter_context(
-                torch.autocast(self.device.type, enabled=False)
-            )  # the precision is this class's choice
+            # A caller's would overrule `precision`.
+            settings.enter_context(torch.autocast(self.device.type, enabled=False))
             if self.device.type == "cuda":
                 # Triton and graph captures run on the current device, which need not be this one.
                 settings.enter_context(torch.cuda.device(self.device))
