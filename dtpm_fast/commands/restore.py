@@ -131,6 +131,7 @@ def _restored(
     adds a line to `failures`."""
     from dtpm_fast.report import Case, Picture
 
+    root = os.path.commonpath([source.parent.absolute() for source, _ in jobs])
     for number, (source, target) in enumerate(tqdm(jobs, unit="photo", disable=None)):
         try:
             photo = read_image(source)
@@ -140,7 +141,7 @@ def _restored(
             if number in shown:
                 predicted = restorer.predict(photo)
                 labels = {"input": photo, "initial predictor": predicted, "result": result}
-                yield Case(source.name, [Picture(label, image) for label, image in labels.items()])
+                yield Case(os.path.relpath(source, root), [Picture(label, image) for label, image in labels.items()])
         except (UserError, RuntimeError, MemoryError) as error:  # a photo that fails does not keep others from theirs
             cause = next(iter(str(error).splitlines()), "out of memory")  # CUDA's and the compiler's have many lines
             failures.append(cause if str(source) in cause else f"{source}: {cause}")

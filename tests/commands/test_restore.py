@@ -1,6 +1,7 @@
 import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -175,6 +176,17 @@ def test_a_report_says_what_ran_and_shows_each_version_under_its_name(
     assert facts["Restorer"].startswith("weights tiny.safetensors (derain, tiny")
     assert f"-o '{out}' --task derain" in facts["Command"]
     assert facts["title"] == f"dtpm-restore: {TASKS['derain']}"
+
+
+def test_a_report_tells_photos_of_one_name_apart(photos: Path, weights: str, tmp_path: Path) -> None:
+    for folder in ("monday", "tuesday"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        shutil.copy(photos / "grey.png", tmp_path / "in" / folder)
+    page = tmp_path / "page.html"
+    command = [str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--task", "derain", "--weights", weights]
+    assert main([*command, "--device", "cpu", "--report", str(page)]) == 0
+    shown = re.findall(r'<h2 id="case\d+">(\S+)', page.read_text(encoding="utf-8"))
+    assert shown == ["monday/grey.png", "tuesday/grey.png"]
 
 
 def test_outputs_keep_the_stem(tmp_path: Path) -> None:
