@@ -113,7 +113,7 @@ def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
     if "sRGB" not in ImageCms.getProfileDescription(profile):
         return False
     grey = Image.new("RGB", (1, 1), (128, 128, 128))
-    shown = ImageCms.profileToProfile(grey, profile, _SRGB, flags=0x0100)  # no tables: for one pixel they take longer
+    shown = ImageCms.profileToProfile(grey, profile, _SRGB, flags=ImageCms.Flags.NOOPTIMIZE)  # tables take longer
     return shown is not None and bool(np.abs(np.asarray(shown, dtype=int) - 128).max() <= 8)
 
 
