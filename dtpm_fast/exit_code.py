@@ -30,11 +30,14 @@ def run(work: Callable[[], int]) -> int:
         _drop_output()
         return 1
     except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:  # the latter of a full disk behind the output
+        if error.filename is None and error.errno != errno.ENOSPC:  # a write does not say where the disk is full
             raise
         if error.filename is None:
             _drop_output()
-        print(f"error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'standard output, or a file of this command'}: {error.strerror}",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -204,7 +204,10 @@ def test_an_output_that_takes_nothing_is_exit_code_1(photos: Path, unbuffered: s
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as gone, Path("/dev/full").open("wb") as full:
-        for output, said in ((gone, ""), (full, "error: standard output: No space left on device\n")):
+        for output, said in (
+            (gone, ""),
+            (full, "error: standard output, or a file of this command: No space left on device\n"),
+        ):
             run = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, env=environment)
             assert (run.returncode, run.stderr) == (1, said)
 
