@@ -46,4 +46,5 @@ def run(work: Callable[[], int]) -> int:
 
 def _drop_output() -> None:
     """Else Python fails at its end once more over what is not written yet."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:  # closed (>&-)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,10 +4,8 @@ import numpy as np
 import torch
 from torchvision.transforms.v2.functional import gaussian_blur
 
-SIGMAS = (
-    0.0,
-    8.0,
-)  # lowest and highest of training's, in 8-bit levels: a dim room at a phone's highest gain has about 8
+# Lowest and highest of training's, in 8-bit levels: from none to what is plainly seen.
+SIGMAS = (0.0, 8.0)
 _GRAINS = (0.4, 1.0)  # pixels, the blur of a grain: between a sensor's single pixels and what denoising cameras leave
 
 

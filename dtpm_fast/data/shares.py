@@ -1,5 +1,7 @@
 """Training pairs of which a share has another degraded picture: a clean, a noisy one, or one out of a JPEG file."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,28 +30,29 @@ class SomeClean(_SomeChanged):
         return (clean if sample_rng(self.seed, index, Stream.CLEAN).random() < self.share else degraded), clean
 
 
-class SomeJpeg(_SomeChanged):
-    """A share has its degraded picture out of a JPEG file (`through_any_jpeg`): the edges of blocks and the ringing
-    around flakes and streaks are what a network that never saw them trips over."""
+class _SomeThrough(_SomeChanged):
+    """A share has its degraded picture, as 8 bits, through a function of it and of a generator of its own."""
+
+    stream: Stream
+    through: Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         degraded, clean = self.pairs[index]
-        rng = sample_rng(self.seed, index, Stream.JPEG)
-        if rng.random() < self.share:
-            degraded = to_tensor(through_any_jpeg(_to_picture(degraded), rng))
-        return degraded, clean
+        rng = sample_rng(self.seed, index, self.stream)
+        return (to_tensor(self.through(_to_picture(degraded), rng)) if rng.random() < self.share else degraded), clean
 
 
-class SomeNoisy(_SomeChanged):
-    """A share has noise of a sensor on its degraded picture (`with_any_noise`): a network that never saw it takes it
-    for texture, and lifts it where it lifts contrast."""
+class SomeNoisy(_SomeThrough):
+    """With noise of a sensor: a network that never saw it takes it for texture, and lifts it with the contrast."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        degraded, clean = self.pairs[index]
-        rng = sample_rng(self.seed, index, Stream.SENSOR)
-        if rng.random() < self.share:
-            degraded = to_tensor(with_any_noise(_to_picture(degraded), rng))
-        return degraded, clean
+    stream, through = Stream.SENSOR, staticmethod(with_any_noise)
+
+
+class SomeJpeg(_SomeThrough):
+    """Out of a JPEG file: the edges of blocks and the ringing around flakes and streaks are what a network that never
+    saw them trips over."""
+
+    stream, through = Stream.JPEG, staticmethod(through_any_jpeg)
 
 
 def _to_picture(tensor: Tensor) -> np.ndarray:

@@ -25,25 +25,10 @@ def test_a_share_of_clean_samples() -> None:
         SomeClean(Pairs(), 1.5)
 
 
-def test_a_share_of_samples_with_a_sensors_noise(photos: Path) -> None:
+@pytest.mark.parametrize("kind", [SomeNoisy, SomeJpeg])
+def test_a_share_of_samples_changed(photos: Path, kind: type[SomeNoisy | SomeJpeg]) -> None:
     plain = SyntheticCrops(photos, "desnow", 32, seed=5)
-    some = SomeNoisy(plain, 0.25, seed=5)
-    drawn = [some[index] for index in range(400)]
-    changed = [index for index, (degraded, _) in enumerate(drawn) if not torch.equal(degraded, plain[index][0])]
-    assert abs(len(changed) / 400 - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
-    for index in changed[:20]:
-        (degraded, clean), (_, target) = drawn[index], plain[index]
-        assert torch.equal(clean, target)
-        levels = (degraded + 1) * 127.5
-        assert (levels - levels.round()).abs().max() < 1e-4  # a picture of 8 bits
-        assert torch.equal(some[index][0], degraded)  # the index alone decides
-    with pytest.raises(UserError, match="between 0 and 1"):
-        SomeNoisy(plain, 1.5)
-
-
-def test_a_share_of_samples_out_of_jpeg_files(photos: Path) -> None:
-    plain = SyntheticCrops(photos, "desnow", 32, seed=5)
-    some = SomeJpeg(plain, 0.25, seed=5)
+    some = kind(plain, 0.25, seed=5)
     drawn = [some[index] for index in range(400)]
     changed = [index for index, (degraded, _) in enumerate(drawn) if not torch.equal(degraded, plain[index][0])]
     assert abs(len(changed) / 400 - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
@@ -53,7 +38,7 @@ def test_a_share_of_samples_out_of_jpeg_files(photos: Path) -> None:
         assert degraded.shape == before.shape and degraded.abs().max() <= 1
         levels = (degraded + 1) * 127.5
         assert (levels - levels.round()).abs().max() < 1e-4  # a picture of 8 bits
-        assert (degraded.mean() - before.mean()).abs() < 0.05  # the photos are noise, of which JPEG keeps the means
+        assert (degraded.mean() - before.mean()).abs() < 0.05  # the photos are noise, of which both keep the means
         assert torch.equal(some[index][0], degraded)  # the index alone decides
     with pytest.raises(UserError, match="between 0 and 1"):
-        SomeJpeg(plain, 1.5)
+        kind(plain, 1.5)
