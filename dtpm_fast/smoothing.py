@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import threading
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,6 +61,8 @@ class _Settings(NamedTuple):
     tol: float
 
     def check(self) -> None:
+        if not isinstance(self.iterations, Integral):
+            raise TypeError(f"iterations={self.iterations!r}; it must be a whole number")
         for name, valid, wanted in (
             ("lam", self.lam >= 0, ">= 0"),
             ("sigma", 0 < self.sigma <= LARGEST_SIGMA, f"> 0 and at most {LARGEST_SIGMA:g}"),

@@ -26,6 +26,7 @@ from dtpm_fast.metrics import perceptual
 from dtpm_fast.metrics.__main__ import main as metrics_main
 from dtpm_fast.metrics.curve import write_curve
 from dtpm_fast.metrics.distortion import PSNR_MAX, luma, psnr
+from dtpm_fast.metrics.evaluation import check_sizes
 from dtpm_fast.metrics.niqe import Niqe
 from dtpm_fast.metrics.perceptual import Lpips, PatchFid, cut_patches
 from dtpm_fast.metrics.protocols import PROTOCOLS, default_protocol, weatherdiff_size
@@ -156,10 +157,10 @@ def test_weatherdiff_sizes(size: tuple[int, int], expected: tuple[int, int]) -> 
 def test_weatherdiff_resizes_both_pictures_and_the_others_none() -> None:
     degraded, target = (np.random.default_rng().integers(0, 256, (33, 50, 3), dtype=np.uint8) for _ in range(2))
     for name, protocol in PROTOCOLS.items():
-        shapes = {picture.shape for picture in protocol.prepare(degraded, target)}
+        shapes = {protocol.prepare(picture).shape for picture in (degraded, target)}
         assert shapes == ({(48, 64, 3)} if name == "weatherdiff" else {(33, 50, 3)})
     flat = np.full((33, 50, 3), 77, dtype=np.uint8)
-    assert (PROTOCOLS["weatherdiff"].prepare(flat, flat)[0] == 77).all()
+    assert (PROTOCOLS["weatherdiff"].prepare(flat) == 77).all()
 
 
 def test_default_protocols() -> None:
@@ -172,6 +173,17 @@ def test_sizes_that_do_not_fit_are_named() -> None:
         PROTOCOLS["native"].compare(small, small)
     with pytest.raises(UserError, match="sizes differ"):
         PROTOCOLS["native"].compare(torch.rand(1, 3, 20, 20), torch.rand(1, 3, 20, 21))
+
+
+def test_sizes_are_checked_as_the_protocol_compares_them(alexnet: tuple[Path, nn.Module]) -> None:
+    pairs = [(Path(name), Path("t", name)) for name in ("a.png", "b.png")]
+    lpips = Lpips(CPU, alexnet[0], backbone_of(alexnet[0]))
+    check_sizes(pairs, [(11, 11), (8, 8)], PROTOCOLS["weatherdiff"])  # both are compared at 16x16
+    check_sizes(pairs, [(63, 63), (70, 80)], PROTOCOLS["native"], lpips)
+    with pytest.raises(UserError, match=r"^b\.png: a picture of 30x8 pixels is smaller than SSIM's window"):
+        check_sizes(pairs, [(11, 11), (8, 30)], PROTOCOLS["dpdd"])
+    with pytest.raises(UserError, match=r"^a\.png: LPIPS needs .* 63x63 pixels, got 80x48"):
+        check_sizes(pairs, [(40, 70), (70, 80)], PROTOCOLS["weatherdiff"], lpips)
 
 
 # ------------------------------------------------------------------------------------------------------- perceptual

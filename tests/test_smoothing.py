@@ -287,6 +287,7 @@ GOOD = np.zeros((8, 9, 3), np.float32)
         (GOOD, {"sigma": 1001.0}, ValueError, "sigma=1001.0; it must be > 0 and at most 1000"),
         (GOOD, {"sharpness": 0.0}, ValueError, "sharpness=0.0"),
         (GOOD, {"iterations": 0}, ValueError, "iterations=0"),
+        (GOOD, {"iterations": 1.5}, TypeError, r"iterations=1\.5; it must be a whole number"),
         (GOOD, {"tol": 0.0}, ValueError, "tol=0.0"),
         (GOOD, {"threads": -1}, ValueError, "threads=-1"),
         (GOOD, {"solver": "lu"}, ValueError, "solver='lu'"),

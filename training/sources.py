@@ -110,6 +110,8 @@ def stage2_source(
         if synthetic is not None:
             out = {_photo_of(target.resolve()) for _, target in held_out}
             photos = [photo for photo in _clean_photos(synthetic) if _photo_of(photo.resolve()) not in out]
+            if not photos:
+                raise UserError(f"--synthetic {synthetic}: all of its photos are held out for validation; add others")
             share = train.synthetic_share
             source = MixedCrops([(source, 1 - share), (_synthetic(photos, task, train, cache, check), share)], seed)
             about += f", and a share of {share:g} synthetic {task} on {len(photos)} clean photos of {synthetic.name}"

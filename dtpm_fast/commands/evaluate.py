@@ -152,13 +152,13 @@ def _measure(options: argparse.Namespace, command: str, found: "Pairs", world: "
     """Every process scores its share of the pictures; rank 0 writes."""
     pairs = found.pairs[: options.limit]
 
-    from dtpm_fast.metrics.evaluation import INPUT, mean_figures, score
+    from dtpm_fast.metrics.evaluation import INPUT, check_sizes, mean_figures, score
     from dtpm_fast.metrics.paper_tables import comparison
     from dtpm_fast.metrics.protocols import PROTOCOLS, default_protocol
     from dtpm_fast.report import evenly
 
-    if share := pairs[world.rank :: world.size]:  # a broken picture at the end would cost all figures
-        check_pairs(share)
+    share = pairs[world.rank :: world.size]
+    sizes = check_pairs(share) if share else []  # a broken picture at the end would cost all figures
     protocol = PROTOCOLS[options.protocol or default_protocol(options.task)]
     weights = _weights(options)
     options.steps = options.steps or [_default_steps(options.weights)]
@@ -166,6 +166,7 @@ def _measure(options: argparse.Namespace, command: str, found: "Pairs", world: "
     logging.basicConfig(format="%(message)s")  # to standard error: where a picture is tiled, its figures are another's
     logging.getLogger("dtpm_fast").setLevel(logging.INFO)
     lpips, fid, niqe, left_out = _perceptual(options, [INPUT, *methods], device)
+    check_sizes(share, sizes, protocol, lpips, niqe)
     for line in [*restorers, *left_out] if world.leads else []:
         print(line, file=sys.stderr)
 

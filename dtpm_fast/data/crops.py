@@ -307,14 +307,24 @@ def _photos(folder: Photos) -> list[Path]:
 
 def smoothed_of(folder: Photos, photos: Sequence[Path], smoothed: Path) -> list[Path]:
     """For each photo the picture of the same name, whatever its suffix, in the folder `smoothed`. Raises `UserError`
-    where there is none."""
-    root = Path(folder) if isinstance(folder, (str, Path)) else None
-    by_name = {path.relative_to(smoothed).with_suffix(""): path for path in find_photos(smoothed)}
-    names = [(photo.relative_to(root) if root else Path(photo.name)).with_suffix("") for photo in photos]
-    for photo, name in zip(photos, names, strict=True):
+    where there is none, and where two photos or two of the smoothed pictures have one name."""
+    by_name = _by_name(find_photos(smoothed), smoothed)
+    of = _by_name(photos, Path(folder) if isinstance(folder, (str, Path)) else None)
+    for name, photo in of.items():
         if name not in by_name:
             raise UserError(f"{photo}: no smoothed picture of this name in {smoothed}; make them with dtpm-smooth")
-    return [by_name[name] for name in names]
+    return [by_name[name] for name in of]
+
+
+def _by_name(paths: Sequence[Path], root: Path | None) -> dict[Path, Path]:
+    """In their order, by their names without suffix, below `root` if there is one."""
+    found: dict[Path, Path] = {}
+    for path in paths:
+        name = (path.relative_to(root) if root else Path(path.name)).with_suffix("")
+        if name in found:
+            raise UserError(f"{found[name]} and {path}: have one name, and so one smoothed picture; rename one")
+        found[name] = path
+    return found
 
 
 def _checked_crop(crop: int) -> int:

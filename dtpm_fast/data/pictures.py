@@ -108,9 +108,9 @@ def check_photos(paths: Sequence[Path], cache: PictureCache | None = None) -> No
         pass
 
 
-def check_pairs(pairs: Sequence[tuple[Path, Path]], cache: PictureCache | None = None) -> None:
-    """Decode every picture of every pair once (into `cache`, while it has room). Raises `UserError` naming the first
-    broken picture or pair of different sizes, or when there is no pair."""
+def check_pairs(pairs: Sequence[tuple[Path, Path]], cache: PictureCache | None = None) -> list[tuple[int, int]]:
+    """Decode every picture of every pair once (into `cache`, while it has room): (height, width) of every pair. Raises
+    `UserError` naming the first broken picture or pair of different sizes, or when there is no pair."""
     if not pairs:
         raise UserError("no pairs: the list is empty")
     cache = cache or PictureCache(0)
@@ -119,6 +119,7 @@ def check_pairs(pairs: Sequence[tuple[Path, Path]], cache: PictureCache | None =
     for (degraded, target), shape, target_shape in zip(pairs, shapes[::2], shapes[1::2], strict=True):
         if shape != target_shape:
             raise UserError(different_sizes(degraded, shape, target, target_shape))
+    return [shape[:2] for shape in shapes[::2]]
 
 
 def different_sizes(degraded: Path, shape: Sequence[int], target: Path, target_shape: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from dtpm_fast.data.pictures import different_sizes
 from dtpm_fast.errors import UserError
 from dtpm_fast.images import read_image
+from dtpm_fast.metrics.distortion import check_size
 from dtpm_fast.metrics.niqe import Niqe
 from dtpm_fast.metrics.perceptual import Lpips, PatchFid
 from dtpm_fast.metrics.protocols import Protocol
@@ -60,7 +61,7 @@ def score(
         degraded, target = read_image(degraded_path), read_image(target_path)
         if degraded.shape != target.shape:
             raise UserError(different_sizes(degraded_path, degraded.shape, target_path, target.shape))
-        y_d, y_g = (_tensor(picture) for picture in protocol.prepare(degraded, target))
+        y_d, y_g = (_tensor(protocol.prepare(picture)) for picture in (degraded, target))
         images = {INPUT: y_d, **{name: method(y_d).cpu() for name, method in methods.items()}}
         figures = {}
         try:
@@ -76,6 +77,25 @@ def score(
             fid.update(images, y_g)
         height, width = y_g.shape[-2:]
         yield Scored(Row(str(degraded_path.relative_to(common)), width, height, figures), images, y_g)
+
+
+def check_sizes(
+    pairs: Sequence[tuple[Path, Path]],
+    sizes: Sequence[tuple[int, int]],
+    protocol: Protocol,
+    lpips: Lpips | None = None,
+    niqe: Niqe | None = None,
+) -> None:
+    """Raise `UserError` naming the first picture that `score` would find too small; `sizes` are (height, width)."""
+    for (degraded, _), (height, width) in zip(pairs, sizes, strict=True):
+        width, height = protocol.size(width, height)
+        try:
+            check_size(height, width)
+            for metric in (lpips, niqe):
+                if metric is not None:
+                    metric.check_size(height, width)
+        except UserError as error:
+            raise UserError(f"{degraded}: {error}") from error
 
 
 def mean_figures(rows: Sequence[Row]) -> dict[str, dict[str, float]]:

@@ -43,12 +43,11 @@ class Niqe:
     def __call__(self, image: Tensor) -> float:
         """The distance (10) of a picture (1, 3, H, W) in [0, 1], on its Y rounded to whole numbers, by blocks of 96x96.
 
-        Raises `UserError` for a picture with fewer than two blocks.
+        Raises `UserError` as `check_size` does, and for a flat picture.
         """
+        self.check_size(*image.shape[-2:])
         y = luma((image.double().clamp(0, 1) * 255).round()).round()
         rows, columns = y.shape[-2] // BLOCK, y.shape[-1] // BLOCK
-        if rows * columns < 2:
-            raise UserError(f"NIQE needs two blocks of {BLOCK}x{BLOCK} pixels, got {image.shape[-1]}x{image.shape[-2]}")
         y = y[..., : rows * BLOCK, : columns * BLOCK].cpu()
         fine, coarse = _blocks(_normalised(y), BLOCK), _blocks(_normalised(_half(y)), BLOCK // 2)
         features = torch.cat([_features(fine), _features(coarse)], dim=1)
@@ -58,6 +57,12 @@ class Niqe:
         difference = self._mean - features.nanmean(dim=0)
         pooled = torch.linalg.pinv((self._covariance + whole.T.cov()) / 2)
         return float((difference @ pooled @ difference).clamp_min(0).sqrt())
+
+    @staticmethod
+    def check_size(height: int, width: int) -> None:
+        """Raise `UserError` for a picture of fewer than two blocks."""
+        if (height // BLOCK) * (width // BLOCK) < 2:
+            raise UserError(f"NIQE needs two blocks of {BLOCK}x{BLOCK} pixels, got {width}x{height}")
 
 
 def _normalised(y: Tensor) -> Tensor:

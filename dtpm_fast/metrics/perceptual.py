@@ -47,12 +47,16 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, image: Tensor, target: Tensor) -> float:
-        """Distance of two pictures (1, 3, H, W) in [0, 1]; 0 for equal ones. Raises `UserError` below 63 pixels a side,
-        where AlexNet's pooling runs out of pixels."""
-        if min(image.shape[-2:]) < 63:
-            raise UserError(f"LPIPS needs pictures of at least 63x63 pixels, got {image.shape[-1]}x{image.shape[-2]}")
+        """Distance of two pictures (1, 3, H, W) in [0, 1]; 0 for equal ones. Raises as `check_size` does."""
+        self.check_size(*image.shape[-2:])
         image, target = (x.to(self._device, torch.float32) for x in (image, target))
         return self._net(image, target, normalize=True).item()
+
+    @staticmethod
+    def check_size(height: int, width: int) -> None:
+        """Raise `UserError` below 63 pixels a side, where AlexNet's pooling runs out of pixels."""
+        if min(height, width) < 63:
+            raise UserError(f"LPIPS needs pictures of at least 63x63 pixels, got {width}x{height}")
 
 
 class PatchFid:

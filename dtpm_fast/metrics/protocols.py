@@ -15,21 +15,29 @@ from dtpm_fast.metrics.distortion import luma, mae, psnr, ssim, ssim_uniform
 FIGURES = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb", "mae")
 
 
-def _as_they_are(degraded: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return degraded, target
+def own_size(width: int, height: int) -> tuple[int, int]:
+    return width, height
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """`prepare` turns (degraded, target), HxWx3 uint8, into what is restored and compared; `headline` names the figures
-    that stand in a paper's table as PSNR and SSIM."""
+    """`size` gives the width and height that pictures of a width and height are restored and compared at; `headline`
+    names the figures that stand in a paper's table as PSNR and SSIM."""
 
     name: str
     about: str
     headline: tuple[str, str]
     quantised: bool = True  # compare what an 8-bit file would hold
     rgb_ssim: Callable[[Tensor, Tensor], Tensor] = ssim
-    prepare: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] = _as_they_are
+    size: Callable[[int, int], tuple[int, int]] = own_size
+
+    def prepare(self, picture: np.ndarray) -> np.ndarray:
+        """HxWx3 uint8 at the size that it is restored and compared at (Lanczos)."""
+        own = picture.shape[1], picture.shape[0]
+        size = self.size(*own)
+        if size == own:
+            return picture
+        return np.array(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
 
     def compare(self, image: Tensor, target: Tensor) -> dict[str, float]:
         """The figures of one picture against its target, both (1, 3, H, W) in [0, 1]: `FIGURES` in their order.
@@ -66,15 +74,6 @@ def weatherdiff_size(width: int, height: int) -> tuple[int, int]:
     return 16 * math.ceil(width / 16), 16 * math.ceil(height / 16)
 
 
-def _weatherdiff(degraded: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    size = weatherdiff_size(degraded.shape[1], degraded.shape[0])
-    return _resize(degraded, size), _resize(target, size)
-
-
-def _resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.array(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
-
-
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
@@ -83,7 +82,7 @@ PROTOCOLS = {
             "weatherdiff",
             "long side at most 1024, sides to multiples of 16 (Lanczos), 8 bits, PSNR and SSIM on Y (BT.601, 16..235)",
             ("psnr_y", "ssim_y"),
-            prepare=_weatherdiff,
+            size=weatherdiff_size,
         ),
         Protocol("gopro", "own size, 8 bits, PSNR over RGB, SSIM per channel", ("psnr_rgb", "ssim_rgb")),
         Protocol(

@@ -23,6 +23,8 @@ TILES = (2048, 1536, 1280, 1024, 768, 512, 384, 256, 192, 128)
 def needed(config: ModelConfig, pixels: int, dtype: torch.dtype, form: str = "folded") -> int:
     """Bytes that a plan takes beyond its weights for a batch of so many pixels."""
     maps, of_map = MAPS[form], dtype.itemsize
+    if form == "folded" and of_map < 4:
+        maps *= 4 / 3  # PyTorch's layer norm and, on a CPU that does not multiply bfloat16, its products: float32 inside
     if form == "native":
         # The gated map and the conditions are in the products' dtype, all else is float32.
         maps, of_map = maps + (1 + _condition_maps(config)) * dtype.itemsize / 4, 4

@@ -97,6 +97,7 @@ class Tiled:
         self.plan, self.steps = plan, plan.steps
         self.core, self.multiple, self.overlap = core, multiple, overlap
         self.progress, self.done = progress, 0
+        self._networks = int(plan.prepare_module.predictor is not None)  # how many the windows go through
 
     def prepare(self, y_d: Tensor) -> Conditions:
         """Only pictures: the windows' own conditions are made anew in every step, and not kept."""
@@ -118,6 +119,7 @@ class Tiled:
         return self.plan.step_module.update(row, x, self._blended(x, network), previous, y_eps)
 
     def restore(self, y_d: Tensor, noise: Tensor) -> Tensor:
+        self._networks += len(self.steps)
         with scratch.kept():
             return sample(self, self.prepare(y_d), noise)
 
@@ -142,8 +144,7 @@ class Tiled:
     def _tell(self, in_a_network: int) -> None:
         self.done += 1
         if self.progress is not None:
-            networks = len(self.steps) + (self.plan.prepare_module.predictor is not None)
-            self.progress(self.done, in_a_network * networks)
+            self.progress(self.done, in_a_network * self._networks)
 
 
 def _recorder(sums: dict[int, tuple[Tensor, int]], window: Window) -> Mean:

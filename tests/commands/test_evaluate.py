@@ -263,11 +263,11 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert error("--data", str(pairs), "--weights", "x.safetensors") == "error: x.safetensors: no such weights file"
     assert "trained for the task 'derain', not for 'deblur'" in error("--data", str(pairs), "--task", "deblur")
     assert "no.pth: cannot be read" in error("--data", str(pairs), "--lpips", "no.pth")
-    small = write_pairs(tmp_path / "small", [(9, 20)])
-    assert "a.png: a picture of 9x20 pixels is smaller than SSIM's window" in error("--data", str(small))
     Image.new("RGB", (5, 5)).save(pairs / "test" / "target" / "b.png")
     monkeypatch.setattr("dtpm_fast.metrics.evaluation.read_image", lambda path: pytest.fail("a picture was scored"))
     assert "b.png: 37x19 pixels, but its target" in error("--data", str(pairs))
+    small = write_pairs(tmp_path / "small", [(32, 24), (9, 20)])
+    assert "b.png: a picture of 9x20 pixels is smaller than SSIM's window" in error("--data", str(small))
     broken = pairs / "test" / "target" / "b.png"
     broken.write_bytes(broken.read_bytes()[:40])
     assert "b.png: not a readable picture" in error("--data", str(pairs))

@@ -163,7 +163,17 @@ def test_smoothed_ahead_is_cut_from_the_same_place(photos: Path, tmp_path: Path)
     for index in range(10):
         clean, smooth = dataset[index]
         torch.testing.assert_close(clean, -smooth, atol=1e-6, rtol=0)
-    (smoothed / "deep/tiny.png").unlink()
+    tiny = smoothed / "deep/tiny.png"
+    twice = tiny.with_suffix(".bmp")
+    twice.write_bytes(tiny.read_bytes())
+    with pytest.raises(UserError, match=r"tiny\.bmp and .*tiny\.png: have one name"):
+        SmoothedCrops(photos, CROP, 0, smoothed=smoothed)
+    twice.unlink()
+    (photos / "deep/tiny.bmp").write_bytes(b"another photo")
+    with pytest.raises(UserError, match=r"tiny\.bmp and .*tiny\.png: have one name"):
+        SmoothedCrops(photos, CROP, 0, smoothed=smoothed, check=False)
+    (photos / "deep/tiny.bmp").unlink()
+    tiny.unlink()
     with pytest.raises(UserError, match=r"tiny\.png: no smoothed picture"):
         SmoothedCrops(photos, CROP, 0, smoothed=smoothed)
 

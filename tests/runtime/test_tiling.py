@@ -107,6 +107,9 @@ def test_one_window_is_the_plan_itself(random_model: Callable[..., tuple], setti
     with torch.inference_mode():
         assert torch.equal(tiled.restore(y_d, noise), plan.restore(y_d, noise))
     assert told == [(1, 3), (2, 3), (3, 3)]
+    told.clear()
+    Tiled(plan, 128, model.multiple, progress=lambda *how_far: told.append(how_far)).prepare(y_d)
+    assert told == [(1, 1)]
 
 
 def test_fused_kernels_are_refused(random_model: Callable[..., tuple]) -> None:

@@ -111,6 +111,10 @@ def test_targets_held_out_are_not_degraded_for_training_either(photos: Path, tmp
             assert [target.stem for _, target in real.pairs] == wanted
             assert [photo.stem for photo in synthetic.photos] == wanted
     assert len(stage2_source("derain", tmp_path / "pairs", None, photos, None, train).data.sources[1].photos) == 8
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "0.png").symlink_to(tmp_path / "pairs" / "target" / "0.png")
+    with pytest.raises(UserError, match="one: all of its photos are held out for validation"):
+        stage2_source("derain", tmp_path / "pairs", None, tmp_path / "one", None, train)
 
 
 def test_half_a_set_of_pairs_is_not_taken_for_clean_photos(photos, tmp_path):
