@@ -11,7 +11,6 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <tuple>
 #include <vector>
@@ -124,7 +123,7 @@ std::vector<Report> smooth_all(const View& in, const View& out, const rtv::Param
         others.reserve(size_t(side_by_side));
         try {
             for (int i = 1; i < side_by_side; ++i) others.emplace_back(work);
-        } catch (const std::system_error&) {  // no more threads here: those that run take all
+        } catch (const std::exception&) {  // no more threads here, or no memory for one: those that run take all
         }
         work();
         for (auto& other : others) other.join();

@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -22,12 +21,12 @@ namespace rtv {
 
 class Team {
 public:
-    // Fewer than `size` where the system gives no more threads.
+    // Fewer than `size` where the system gives no more threads, or no memory for one.
     explicit Team(int size) : caller_(std::this_thread::get_id()) {
         helpers_.reserve(size_t(size - 1));
         try {
             for (int i = 1; i < size; ++i) helpers_.emplace_back([this] { help(); });
-        } catch (const std::system_error&) {
+        } catch (const std::exception&) {
         }
     }
     ~Team() {
