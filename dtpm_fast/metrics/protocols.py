@@ -15,7 +15,7 @@ from dtpm_fast.metrics.distortion import luma, mae, psnr, ssim, ssim_uniform
 FIGURES = ("psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb", "mae")
 
 
-def own_size(width: int, height: int) -> tuple[int, int]:
+def _own_size(width: int, height: int) -> tuple[int, int]:
     return width, height
 
 
@@ -29,7 +29,7 @@ class Protocol:
     headline: tuple[str, str]
     quantised: bool = True  # compare what an 8-bit file would hold
     rgb_ssim: Callable[[Tensor, Tensor], Tensor] = ssim
-    size: Callable[[int, int], tuple[int, int]] = own_size
+    size: Callable[[int, int], tuple[int, int]] = _own_size
 
     def prepare(self, picture: np.ndarray) -> np.ndarray:
         """HxWx3 uint8 at the size that it is restored and compared at (Lanczos)."""
