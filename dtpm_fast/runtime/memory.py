@@ -24,7 +24,7 @@ def needed(config: ModelConfig, pixels: int, dtype: torch.dtype, form: str = "fo
     """Bytes that a plan takes beyond its weights for a batch of so many pixels."""
     maps, of_map = MAPS[form], dtype.itemsize
     if form == "folded" and of_map < 4:
-        maps *= 4 / 3  # PyTorch's layer norm and, on a CPU that does not multiply bfloat16, its products: float32 inside
+        maps *= 4 / 3  # where a CPU does not multiply bfloat16, PyTorch's operators hold float32 inside
     if form == "native":
         # The gated map and the conditions are in the products' dtype, all else is float32.
         maps, of_map = maps + (1 + _condition_maps(config)) * dtype.itemsize / 4, 4
