@@ -30,7 +30,7 @@ def ssim(image: Tensor, target: Tensor) -> Tensor:
     mean over pixels and channels.
 
     In float32, whose windows PyTorch computes 20 times as fast on a CPU; the figure is the same to 1e-5."""
-    check_size(*image.shape[-2:], GAUSSIAN_WINDOW)
+    check_size(image.shape[-2], image.shape[-1], GAUSSIAN_WINDOW)
     _, everywhere = structural_similarity_index_measure(
         image.float(), target.float(), sigma=1.5, data_range=PEAK, reduction="none", return_full_image=True
     )
@@ -42,7 +42,7 @@ def ssim(image: Tensor, target: Tensor) -> Tensor:
 def ssim_uniform(image: Tensor, target: Tensor) -> Tensor:
     """SSIM as `skimage.metrics.structural_similarity(..., channel_axis=-1)` computes it by default: a uniform 7x7
     window and sample covariance. torchmetrics has the biased covariance only."""
-    check_size(*image.shape[-2:], UNIFORM_WINDOW)
+    check_size(image.shape[-2], image.shape[-1], UNIFORM_WINDOW)
     count = UNIFORM_WINDOW**2
     c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
     mean_x, mean_y = _window_mean(image), _window_mean(target)
